@@ -31,7 +31,7 @@ def shared() -> Path:
 def picture(seed: int, width: int = 20, height: int = 16) -> Image.Image:
     """A noisy RGB image."""
     values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(values, "RGB")
+    return Image.fromarray(values)
 
 
 @pytest.fixture

@@ -43,8 +43,11 @@ def test_pixels_are_frozen() -> None:
 
 def test_range_type_and_eight_bits() -> None:
     r = render(range(40), "test", size=48)
-    assert r.x.shape == (40, 3, 48, 48) and r.x.dtype == torch.float32 and r.y.dtype == torch.int64
-    assert r.x.min() >= 0 and r.x.max() <= 1
+    assert r.x.shape == (40, 3, 48, 48)
+    assert r.x.dtype == torch.float32
+    assert r.y.dtype == torch.int64
+    assert r.x.min() >= 0
+    assert r.x.max() <= 1
     assert torch.equal((r.x * 255).round() / 255, r.x)
 
 
@@ -56,24 +59,27 @@ def test_splits_and_seeds_are_different_worlds() -> None:
 
 def test_held_out_combinations_never_occur_in_training() -> None:
     held = set(held_out_names())
-    assert len(held) == 8 and len(class_names()) == len(set(class_names())) == len(COMBINATIONS) == 48
-    assert {c for c, _ in HELD_OUT} == set(range(len(COLOURS))) and {s for _, s in HELD_OUT} == set(
-        range(len(SHAPES))
-    )
+    assert len(held) == 8
+    assert len(class_names()) == len(set(class_names())) == len(COMBINATIONS) == 48
+    assert {c for c, _ in HELD_OUT} == set(range(len(COLOURS)))
+    assert {s for _, s in HELD_OUT} == set(range(len(SHAPES)))
     for split in ("train", "val"):
         data = load_data("shapes", 64, split=split)
         assert {data.class_names[y] for y in data.labels} == set(class_names()) - held
     heldout = load_data("shapes:heldout", 64)
-    assert {heldout.class_names[y] for y in heldout.labels} == held and len(heldout.class_names) == 48
+    assert {heldout.class_names[y] for y in heldout.labels} == held
+    assert len(heldout.class_names) == 48
 
 
 def test_test_split_is_balanced_and_named() -> None:
     data = load_data("shapes", 64)
-    assert (
-        len(data) == 2000 and data.name == "shapes" and data.recipe == "none" and data.prompt_set == "generic"
-    )
+    assert len(data) == 2000
+    assert data.name == "shapes"
+    assert data.recipe == "none"
+    assert data.prompt_set == "generic"
     assert set(Counter(data.labels).values()) == {41, 42}
-    assert load_data("shapes:test", 64).ids == data.ids and set(data.held_out) == set(held_out_names())
+    assert load_data("shapes:test", 64).ids == data.ids
+    assert set(data.held_out) == set(held_out_names())
 
 
 def test_the_shape_has_its_colour_and_its_place() -> None:
@@ -94,7 +100,8 @@ def test_the_shape_has_its_colour_and_its_place() -> None:
 def test_every_shape_covers_a_similar_area_and_stays_inside() -> None:
     indices = list(range(240))
     d = draws(indices, "test", generators(indices, "test", 0))
-    assert (np.abs(d.x) + d.radius < 1).all() and (np.abs(d.y) + d.radius < 1).all()
+    assert (np.abs(d.x) + d.radius < 1).all()
+    assert (np.abs(d.y) + d.radius < 1).all()
     from ironclip.data.shapes import _distance
 
     axis = (np.arange(200) + 0.5) / 80 - 1.25
@@ -129,8 +136,10 @@ def test_captions_are_true_and_vary() -> None:
     for i in range(len(data)):
         scene = data.scene(i)
         assert scene.name == data.class_names[data.labels[i]]
-        assert data.caption(i) == r.captions[i] and r.scenes[i] == scene
-        assert data.caption(i) in data.captions(i) and len(set(data.captions(i))) == 10
+        assert data.caption(i) == r.captions[i]
+        assert r.scenes[i] == scene
+        assert data.caption(i) in data.captions(i)
+        assert len(set(data.captions(i))) == 10
         assert all(scene.colour in c and scene.shape in c for c in data.captions(i))
     assert len({c.split()[0] for c in r.captions}) > 1
     scene = data.scene(0)
@@ -144,8 +153,10 @@ def test_position_words_agree_with_the_place() -> None:
     d = draws(indices, "test", generators(indices, "test", 0))
     for k in indices:
         words = d.scene(k).position
-        assert ("left" in words) == (d.x[k] < -0.22) and ("right" in words) == (d.x[k] > 0.22)
-        assert ("top" in words) == (d.y[k] < -0.22) and ("bottom" in words) == (d.y[k] > 0.22)
+        assert ("left" in words) == (d.x[k] < -0.22)
+        assert ("right" in words) == (d.x[k] > 0.22)
+        assert ("top" in words) == (d.y[k] < -0.22)
+        assert ("bottom" in words) == (d.y[k] > 0.22)
 
 
 def test_other_sizes_show_the_same_scene() -> None:

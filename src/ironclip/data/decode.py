@@ -13,12 +13,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 MAX_PIXELS = 64_000_000
 
 
-class BadImage(ValueError):
+class BadImageError(ValueError):
     """A file that is not usable as an image; the message is the reason."""
 
 
 def decode(source: Path | bytes) -> Image.Image:
-    """Decode to an upright RGB image of 8 bits a channel, or raise `BadImage` with the reason.
+    """Decode to an upright RGB image of 8 bits a channel, or raise `BadImageError` with the reason.
 
     Grey and bilevel images become RGB, the EXIF orientation is applied and a fully opaque alpha channel is
     dropped, since none of these changes what one sees. Refused: empty, corrupt or truncated files, files that
@@ -28,20 +28,20 @@ def decode(source: Path | bytes) -> Image.Image:
     try:
         data = source if isinstance(source, bytes) else source.read_bytes()
     except OSError as err:
-        raise BadImage(f"cannot be read ({err.strerror or err})") from None
+        raise BadImageError(f"cannot be read ({err.strerror or err})") from None
     if not data:
-        raise BadImage("empty file (0 bytes)")
+        raise BadImageError("empty file (0 bytes)")
     try:
         with Image.open(io.BytesIO(data)) as image:
             _refuse_by_header(image)
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
-    except BadImage:
+    except BadImageError:
         raise
     except UnidentifiedImageError:
-        raise BadImage("not an image, or a corrupt header") from None
+        raise BadImageError("not an image, or a corrupt header") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise BadImage(f"oversize: more than {MAX_PIXELS // 10**6} megapixels") from None
+        raise BadImageError(f"oversize: more than {MAX_PIXELS // 10**6} megapixels") from None
     except (
         OSError,
         SyntaxError,
@@ -52,33 +52,33 @@ def decode(source: Path | bytes) -> Image.Image:
         struct.error,
         zlib.error,
     ) as err:
-        raise BadImage(f"corrupt or truncated ({err})") from None
+        raise BadImageError(f"corrupt or truncated ({err})") from None
 
 
 def _refuse_by_header(image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise BadImage(f"oversize: {width} x {height} is more than {MAX_PIXELS // 10**6} megapixels")
+        raise BadImageError(f"oversize: {width} x {height} is more than {MAX_PIXELS // 10**6} megapixels")
     if getattr(image, "n_frames", 1) > 1:
-        raise BadImage(f"animated or multi-page ({image.n_frames} frames)")  # type: ignore[attr-defined]
+        raise BadImageError(f"animated or multi-page ({image.n_frames} frames)")  # type: ignore[attr-defined]
     if image.mode in ("P", "PA"):
-        raise BadImage("palette image")
+        raise BadImageError("palette image")
     if image.mode == "CMYK":
-        raise BadImage("CMYK image")
+        raise BadImageError("CMYK image")
     # Pillow opens 16-bit RGB files as mode RGB and drops the low byte; only the raw mode of the tiles tells.
     raw = str([tile[3] for tile in getattr(image, "tile", [])])
     if image.mode.startswith("I") or image.mode == "F" or ";16" in raw:
-        raise BadImage("more than 8 bits a channel")
+        raise BadImageError("more than 8 bits a channel")
     if image.mode not in ("1", "L", "LA", "RGB", "RGBA"):
-        raise BadImage(f"colour mode {image.mode}")
+        raise BadImageError(f"colour mode {image.mode}")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("LA", "RGBA"):
         if image.getchannel("A").getextrema()[0] != 255:
-            raise BadImage("transparent pixels (alpha channel)")
+            raise BadImageError("transparent pixels (alpha channel)")
     elif "transparency" in image.info:
-        raise BadImage("transparent pixels (transparent colour)")
+        raise BadImageError("transparent pixels (transparent colour)")
     return image.convert("RGB")
 
 

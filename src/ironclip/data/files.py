@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ironclip.data.decode import BadImage, content_hash, decode
+from ironclip.data.decode import BadImageError, content_hash, decode
 from ironclip.data.preprocess import preprocess
 
 _SHOWN = 10
@@ -62,7 +62,7 @@ class FileReader:
         for r in rows:
             try:
                 out.append(preprocess(decode(self.base / self.paths[r]), self.recipe))
-            except BadImage as err:
+            except BadImageError as err:
                 raise ValueError(
                     f"{self.base / self.paths[r]}: {err}; it was readable when the set was opened"
                 ) from err
@@ -87,7 +87,7 @@ def hash_files(base: Path, paths: Sequence[str]) -> tuple[list[str], list[tuple[
             digest = content_hash(decode(base / path))
         except OSError as err:
             return "", [], f"cannot be read ({err.strerror or err})"
-        except BadImage as err:
+        except BadImageError as err:
             return "", [], str(err)
         return digest, [stat.st_size, stat.st_mtime_ns, digest], ""
 

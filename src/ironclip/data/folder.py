@@ -20,7 +20,7 @@ from ironclip.data.imageset import ImageSet, sample_id
 from ironclip.data.preprocess import recipe_id
 from ironclip.data.prompts import choose_prompts
 
-_SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm .jp2 .avif .heic".split())
+_SUFFIXES = ".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm .jp2 .avif .heic".split()  # noqa: SIM905
 
 
 @dataclass(frozen=True)

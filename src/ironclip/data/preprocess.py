@@ -83,7 +83,7 @@ def reference_images() -> list[Image.Image]:
         smooth = (x * np.uint32(3 + k)) // np.uint32(2) + y * np.uint32(2)
         checks = ((x // np.uint32(5 + k)) ^ (y // np.uint32(7))) & np.uint32(1)
         planes = (smooth % 256, (noise ^ (noise >> np.uint32(7))) % 256, checks * np.uint32(200) + noise % 32)
-        images.append(Image.fromarray(np.stack(planes, axis=-1).astype(np.uint8), "RGB"))
+        images.append(Image.fromarray(np.stack(planes, axis=-1).astype(np.uint8)))
     return images
 
 
@@ -115,7 +115,7 @@ def check_preprocessing(recipe: str) -> None:
     Values are stored for 64, 224 and 336 pixels; another size is checked through the 224-pixel recipe of its
     kind.
     """
-    short, name, crop = parse_recipe(recipe)
+    name = parse_recipe(recipe)[1]
     with resources.files("ironclip.data").joinpath(_STORED).open("rb") as file:
         stored = dict(np.load(file))
     key = recipe if recipe in stored else recipe_id("clip" if name == "bicubic" else "ttc", 224)
