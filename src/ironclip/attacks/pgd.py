@@ -1,0 +1,208 @@
+"""FGSM and projected gradient descent inside an l_inf, l_2 or l_1 ball.
+
+Goodfellow et al. 2015 (arXiv 1412.6572), Madry et al. 2018 (arXiv 1706.06083); momentum: Dong et al. 2018 (arXiv
+1710.06081). Our defaults differ from the usual ones where those are weak: 40 steps of 2.5 eps / steps, and the best
+point of the run instead of the last. The presets keep everything that published CLIP code does, weaknesses included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ironclip.attacks._ascent import Ascent, ascend, merge_restarts
+from ironclip.core.ball import NORMS, STARTS
+from ironclip.core.check import as_fraction, check_choice, check_eps, check_images, check_labels, check_logits
+from ironclip.core.losses import TARGETED, UNTARGETED, usable, with_target
+from ironclip.core.rng import SampleRNG
+from ironclip.core.spec import method
+from ironclip.core.types import AttackResult, Classifier, prediction
+from ironclip.core.views import base_of
+
+_LAST = {"returned": "last", "policy": "max_loss"}
+
+
+@method
+class PGD:
+    """Projected gradient ascent on a classification loss.
+
+    ``eps``: budget in pixel units, a rational (``4/255``). ``alpha``: step size, or None for ``rel_alpha * eps``, and
+    where both are None for 2.5 eps / steps. ``loss``: ce, margin, dlr, lse, entropy, or ce_t, margin_t, dlr_t with
+    ``target``. ``start``: zero, uniform, volume, surface. ``returned``: best (fooling first, then highest loss) or
+    last. ``policy``: ``max_loss`` runs to the end, ``first_success`` lets fooled samples leave the batch. ``quantise``:
+    ``round`` snaps the result to k/255 inside the ball and judges that. Costs steps (F + B) + 1 F for each restart.
+
+    Called with ``clf``, ``x``: (b, 3, h, w) pixels in [0, 1], ``y``: (b,) labels; raises ValueError for bad images,
+    labels, logits or fields.
+    """
+
+    name: ClassVar[str] = "pgd"
+    revision: ClassVar[int] = 1
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "table2-pgd10": {"eps": Fraction(1, 255), "alpha": Fraction(1, 255), "steps": 10, **_LAST},
+        "table2-cw": {
+            "eps": Fraction(1, 255),
+            "alpha": Fraction(1, 255),
+            "steps": 10,
+            "loss": "margin",
+            **_LAST,
+        },
+        "tecoa": {"eps": Fraction(2, 255), "alpha": Fraction(1, 255), "steps": 5, **_LAST},
+        "pmg": {"eps": Fraction(1, 255), "alpha": Fraction(1, 255), "steps": 10, **_LAST},
+        "rtpt": {"eps": Fraction(4, 255), "rel_alpha": Fraction(1, 4), "steps": 7, **_LAST},
+        "apt": {"eps": Fraction(4, 255), "rel_alpha": Fraction(1, 4), "steps": 100, **_LAST},
+        "csr": {"eps": Fraction(1, 255), "rel_alpha": Fraction(1, 4), "steps": 10, **_LAST},
+    }
+
+    eps: Fraction = Fraction(1, 255)
+    alpha: Fraction | None = None
+    rel_alpha: Fraction | None = None
+    steps: int = 40
+    norm: str = "linf"
+    loss: str = "ce"
+    start: str = "uniform"
+    restarts: int = 1
+    momentum: float = 0.0
+    returned: str = "best"
+    policy: str = "max_loss"
+    quantise: str = "none"
+    trace: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice(self.norm, NORMS, "norm")
+        check_choice(self.start, STARTS, "start")
+        check_choice(self.loss, {**UNTARGETED, **TARGETED}, "loss")
+        check_choice(self.returned, ("best", "last"), "returned")
+        check_choice(self.policy, ("max_loss", "first_success"), "policy")
+        check_choice(self.quantise, ("none", "round"), "quantise")
+        object.__setattr__(self, "eps", check_eps(self.eps, self.norm))
+        for field in ("alpha", "rel_alpha"):
+            if getattr(self, field) is not None:
+                value = as_fraction(getattr(self, field), field)
+                if value <= 0:
+                    raise ValueError(f"{field} must be positive, got {value}; write 1/255")
+                object.__setattr__(self, field, value)
+        if self.steps < 0 or self.restarts < 1:
+            raise ValueError(f"steps must be >= 0 and restarts >= 1, got {self.steps} and {self.restarts}")
+        if self.quantise == "round" and self.norm != "linf":
+            raise ValueError(f"quantise=round keeps only a linf budget, got norm={self.norm}; use quantise=none")
+
+    @property
+    def step_size(self) -> Fraction:
+        """The step in pixel units."""
+        if self.alpha is not None:
+            return self.alpha
+        return (self.rel_alpha or Fraction(5, 2 * max(self.steps, 1))) * self.eps
+
+    def __call__(
+        self, clf: Classifier, x: Tensor, y: Tensor, *, rng: SampleRNG, target: Tensor | None = None
+    ) -> AttackResult:
+        """Attack one batch; ``target``: (b,) classes to reach, for the targeted losses only."""
+        run = Ascent(
+            eps=float(self.eps),
+            alpha=float(self.step_size),
+            steps=self.steps,
+            norm=self.norm,
+            start=self.start,
+            momentum=self.momentum,
+            best=self.returned == "best",
+            stop=self.policy == "first_success",
+            trace=self.trace,
+        )
+        streams = [rng.fold("pgd", i) for i in range(self.restarts)]
+        result = climb(clf, x, y, run, self.loss, streams, target)
+        return snapped(result, clf, x, y, self.eps, rng) if self.quantise == "round" else result
+
+
+@method
+class FGSM:
+    """One step of size eps along the gradient's sign (l_2: along the gradient). A sanity row, not a strong attack.
+
+    ``start``: zero, or uniform in a ball of radius eps / 2. Costs 2 F + 1 B.
+    """
+
+    name: ClassVar[str] = "fgsm"
+    revision: ClassVar[int] = 1
+
+    eps: Fraction = Fraction(1, 255)
+    norm: str = "linf"
+    loss: str = "ce"
+    start: str = "zero"
+
+    def __post_init__(self) -> None:
+        check_choice(self.start, ("zero", "uniform"), "start")
+        check_choice(self.loss, UNTARGETED, "loss")
+        check_choice(self.norm, NORMS, "norm")
+        object.__setattr__(self, "eps", check_eps(self.eps, self.norm))
+
+    def __call__(self, clf: Classifier, x: Tensor, y: Tensor, *, rng: SampleRNG) -> AttackResult:
+        """Attack one batch."""
+        size = float(self.eps)
+        run = Ascent(size, size, 1, self.norm, self.start, start_eps=size / 2, best=False)
+        return climb(clf, x, y, run, self.loss, [rng.fold("fgsm")])
+
+
+def climb(
+    clf: Classifier,
+    x: Tensor,
+    y: Tensor,
+    run: Ascent,
+    loss_name: str,
+    streams: list[SampleRNG],
+    target: Tensor | None = None,
+) -> AttackResult:
+    """Ascent on a classification loss, one restart per stream, merged per sample.
+
+    Falls back to the margin where the loss needs more classes, and for single samples where dlr has no gradient.
+    Raises ValueError for bad images, labels or logits.
+    """
+    check_images(x)
+    k = classes_of(clf, x, streams[0])
+    check_labels(y, x.shape[0], k)
+    name, notes = usable(loss_name, k)
+
+    def loss(z: Tensor, rows: Tensor) -> Tensor:
+        check_logits(z.detach(), len(rows), k)
+        return with_target(name, None if target is None else target[rows])(z, y[rows])
+
+    def fallback(z: Tensor, rows: Tensor) -> Tensor:
+        return UNTARGETED["margin"](z, y[rows])
+
+    def fooled(z: Tensor, rows: Tensor) -> Tensor:
+        return prediction(z) != y[rows]
+
+    other = fallback if name.startswith("dlr") else None
+    results = [ascend(clf, x, loss, fooled, run, stream, other) for stream in streams]
+    merged = merge_restarts(results)
+    return replace(merged, notes=(*notes, *merged.notes))
+
+
+def classes_of(clf: Classifier, x: Tensor, rng: SampleRNG) -> int:
+    """Number of logits: what the classifier says of itself, else the width of its answer to the first image."""
+    k = base_of(clf, "k")
+    if isinstance(k, int):
+        return k
+    with torch.no_grad():
+        return int(clf(x[:1], rng[:1]).shape[1])
+
+
+def snapped(result: AttackResult, clf: Classifier, x: Tensor, y: Tensor, eps: Fraction, rng: SampleRNG) -> AttackResult:
+    """The result on the 8-bit lattice: every pixel at the nearest k/255 that lies inside the ball, judged again.
+
+    Never by truncation, which leaves the budget. Raises ValueError where the lattice has no point inside, that is for
+    images that are not 8-bit themselves and a budget under 1/510.
+    """
+    low = ((x - float(eps)) * 255 - 1e-3).ceil().clamp(min=0)
+    high = ((x + float(eps)) * 255 + 1e-3).floor().clamp(max=255)
+    if bool((low > high).any()):
+        raise ValueError(f"eps={eps} holds no 8-bit value around some pixels; use quantise=none or eps >= 1/510")
+    x_adv = torch.minimum(torch.maximum((result.x_adv * 255).round(), low), high) / 255
+    with torch.no_grad():
+        hit = prediction(clf(x_adv, rng.fold("snapped"))) != y
+    forwards = result.forwards + 1
+    return replace(result, x_adv=x_adv, success=hit, forwards=forwards, notes=(*result.notes, "8-bit re-checked"))

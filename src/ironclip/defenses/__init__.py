@@ -1,0 +1,1 @@
+"""Defenses: one file per method, one frozen dataclass each, the paradigm in its ``info``."""

@@ -1,0 +1,26 @@
+"""Models by name. Each backend lives in its own file and is imported when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+
+from ironclip.core.check import unknown
+from ironclip.core.vlm import VLM
+
+BACKENDS: dict[str, str] = {
+    "lite": "ironclip.models.lite:load_lite",
+    "tiny": "ironclip.models.tiny:load_tiny",
+    "hf": "ironclip.models.hf:load_hf",
+    "open_clip": "ironclip.models.open_clip:load_open_clip",
+}
+
+
+def load(spec: str, *, device: str = "cpu", precision: str = "fp32") -> VLM:
+    """A frozen model in eval mode from ``backend`` or ``backend:rest``. Raises ValueError for an unknown backend."""
+    backend, _, rest = spec.strip().partition(":")
+    if backend not in BACKENDS:
+        raise ValueError(unknown("model", spec, ["lite", "lite:conse", "tiny", "hf:NAME", "open_clip:NAME"]))
+    module, function = BACKENDS[backend].split(":")
+    vlm: VLM = getattr(importlib.import_module(module), function)(rest)
+    vlm = vlm.freeze().to(device)
+    return vlm.at_precision(precision)

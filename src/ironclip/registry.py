@@ -1,0 +1,111 @@
+"""Name -> "module:Class", imported on demand. To add a method, add its row here and in the contract tests."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from ironclip.core import spec
+from ironclip.core.check import unknown
+from ironclip.core.types import Attack, Defense
+
+ATTACKS: dict[str, str] = {
+    "fgsm": "ironclip.attacks.pgd:FGSM",
+    "pgd": "ironclip.attacks.pgd:PGD",
+    "feature_pgd": "ironclip.attacks.feature:FeaturePGD",
+}
+
+ATTACK_PRESETS: dict[str, tuple[str, str]] = {
+    "table2-pgd10": ("pgd", "table2-pgd10"),
+    "tecoa": ("pgd", "tecoa"),
+    "pmg": ("pgd", "pmg"),
+    "rtpt": ("pgd", "rtpt"),
+    "apt": ("pgd", "apt"),
+    "csr": ("pgd", "csr"),
+    "table2-cw": ("pgd", "table2-cw"),
+    "fare-train": ("feature_pgd", "fare-train"),
+}
+
+DEFENSES: dict[str, str] = {
+    "none": "ironclip.defenses.none:NoDefense",
+    "noise": "ironclip.defenses.noise:Noise",
+    "ttc": "ironclip.defenses.ttc:TTC",
+    "clipure": "ironclip.defenses.clipure:CLIPure",
+}
+
+
+def locate(target: str) -> Any:
+    """Import ``module:Class``. Raises ImportError with the package's own message if an extra is missing."""
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+class _Lazy(Mapping[str, Callable[..., Any]]):
+    """Registry names, class names and attack presets to constructors; imports only what is asked for."""
+
+    def __init__(self, rows: dict[str, str], presets: dict[str, tuple[str, str]] | None = None) -> None:
+        self.rows, self.presets = rows, presets or {}
+        self.classes = {target.split(":")[1]: name for name, target in rows.items()}
+
+    def __getitem__(self, key: str) -> Callable[..., Any]:
+        if key in self.presets:
+            name, preset = self.presets[key]
+            return partial(locate(self.rows[name]), preset=preset)
+        made: Callable[..., Any] = locate(self.rows[self.classes.get(key, key)])
+        return made
+
+    def __iter__(self) -> Iterator[str]:
+        taken = {name.lower() for name in self.classes}
+        yield from self.classes
+        yield from (name for name in (*self.rows, *self.presets) if name.lower() not in taken)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def attack_table() -> Mapping[str, Callable[..., Any]]:
+    """Every name under which an attack can be written."""
+    return _Lazy(ATTACKS, ATTACK_PRESETS)
+
+
+def defense_table() -> Mapping[str, Callable[..., Any]]:
+    """Every name under which a defense can be written."""
+    return _Lazy(DEFENSES)
+
+
+def build_attack(text: str | Attack) -> Attack:
+    """An attack from its spec, such as ``PGD(eps=4/255)`` or the preset ``table2-pgd10``. Raises ValueError."""
+    if not isinstance(text, str):
+        return text
+    attack: Attack = spec.parse(text, attack_table(), "attack")
+    return attack
+
+
+def build_defense(text: str | Defense) -> Defense:
+    """A defense from its spec, such as ``ttc`` or ``TTC(steps=2)``. Raises ValueError."""
+    if not isinstance(text, str):
+        return text
+    defense: Defense = spec.parse(text, defense_table(), "defense")
+    return defense
+
+
+def build(text: str) -> Any:
+    """The attack or defense that a spec names: ``ironclip.build("TTC(steps=2)")``. Raises ValueError.
+
+    Where an attack preset shares its name with a defense (``tecoa``), the defense is meant; ``build_attack`` takes the
+    other.
+    """
+    name, _, _ = spec.split(text)
+    attacks, defenses = attack_table(), defense_table()
+    if name.lower() in {n.lower() for n in defenses}:
+        return spec.parse(text, defenses, "defense")
+    if name.lower() in {n.lower() for n in attacks}:
+        return spec.parse(text, attacks, "attack")
+    raise ValueError(unknown("attack or defense", name, [*attacks, *defenses]))
+
+
+def defense_name(defense: Defense) -> str:
+    """Registry name of a defense object."""
+    return defense.info.name

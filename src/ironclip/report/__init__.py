@@ -1,0 +1,1 @@
+"""Tables, charts and pages; reads results only, needs no model."""
