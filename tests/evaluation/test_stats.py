@@ -134,11 +134,27 @@ def test_attack_success_without_a_correct_image_is_zero() -> None:
     assert stats.asr_cond(np.zeros(4, bool), np.ones(4, bool)) == 0
 
 
-def test_outcomes_must_be_boolean_and_of_one_length() -> None:
-    with pytest.raises(ValueError, match=r"clean must be a non-empty \(n,\) boolean array, got int64"):
+def test_outcomes_must_be_fractions_of_one_length() -> None:
+    with pytest.raises(
+        ValueError, match=r"clean must be a non-empty \(n,\) array of booleans or of shares .* got int64"
+    ):
         stats.asr_cond(np.ones(3, int), np.ones(3, bool))
     with pytest.raises(ValueError, match="robust has 4 images, expected 3; outcomes must cover the same images"):
         stats.asr_diff(np.ones(3, bool), np.ones(4, bool))
+    with pytest.raises(ValueError, match=r"b must lie in \[0, 1\], got 55.0 to 60.0; divide percentages by 100"):
+        stats.paired_difference(np.ones(2, bool), np.array([55.0, 60.0]))
+
+
+def test_shares_of_draws_are_outcomes_too() -> None:
+    clean = np.array([1.0, 0.5, 0.9, 0.0])
+    attacked = np.array([0.2, 0.6, 0.9, 1.0])
+    assert stats.worst_case(clean, [attacked]).tolist() == [0.2, 0.5, 0.9, 0.0]
+    assert stats.asr_cond(clean, attacked) == pytest.approx(0.8 / 2.4)
+    assert stats.paired_difference(clean, attacked).value == pytest.approx(-0.075)
+    pair = stats.pairwise({"a": clean, "b": attacked})[0]
+    assert (pair.only_a, pair.only_b) == (1, 2)
+    lo, hi = stats.wilson(2.4, 4)
+    assert stats.wilson(2, 4)[0] < lo < 0.6 < hi < stats.wilson(3, 4)[1]
 
 
 def test_draws_of_a_randomised_defense() -> None:
@@ -218,6 +234,21 @@ def test_macro_mean_half_width_by_hand() -> None:
     est = stats.macro_mean(sets)
     assert est.value == pytest.approx(0.3)
     assert (est.hi - est.lo) / 2 == pytest.approx(0.0095, abs=0.0004)
+
+
+@pytest.mark.parametrize("shares", [(30, 30, 30), (5, 50, 90), (0, 2, 40)])
+def test_mean_of_wilson_intervals_agrees_with_the_bootstrap(shares: tuple[int, ...]) -> None:
+    n = 400
+    sets = [np.arange(n) < n * s // 100 for s in shares]
+    known = [stats.Estimate(float(s.mean()), *stats.wilson(int(s.sum()), n)) for s in sets]
+    mean, exact = stats.mean_of_intervals(known), stats.macro_mean(sets)
+    assert mean.value == pytest.approx(exact.value)
+    assert (mean.lo, mean.hi) == pytest.approx((exact.lo, exact.hi), abs=0.004)
+
+
+def test_mean_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected at least one estimate, got none"):
+        stats.mean_of_intervals([])
 
 
 def test_macro_mean_gives_every_set_the_same_weight() -> None:

@@ -1,11 +1,13 @@
 """Intervals, paired tests and worst cases on per-sample outcomes; numpy and scipy only.
 
 Everything here takes *fractions* in [0, 1] and returns fractions; the caller multiplies by 100 when it prints. An
-outcome is a boolean array with one entry per image (True: classified correctly) in one fixed order of the images, so
-that two defenses are always compared on the same images. Randomness comes from a numpy Generator made from ``seed``.
+outcome has one entry per image in one fixed order of the images, so that two defenses are always compared on the same
+images: booleans (True: classified correctly), or for a randomised defense the share of its draws that were correct, in
+[0, 1]. Randomness comes from a numpy Generator made from ``seed``.
 
-Sources: Wilson (1927) for one proportion; Efron (1979) for the percentile bootstrap; McNemar (1947), exact form, for
-two defenses on the same images; Holm (1979) for many pairs.
+Sources: Wilson (1927) for one proportion; Efron (1979) for the percentile bootstrap; Zou and Donner (2008) for the mean
+of proportions whose intervals are known; McNemar (1947), exact form, for two defenses on the same images; Holm (1979)
+for many pairs.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest, norm
 
-Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 Verdict = Literal["a", "b", "tie"]
 
@@ -40,8 +41,8 @@ class Estimate:
 class Pair:
     """Two defenses on the same images: ``diff`` = accuracy of a minus accuracy of b, with a bootstrap interval.
 
-    ``only_a`` / ``only_b``: images that only a / only b gets right; ``p``: exact McNemar; ``p_holm``: after Holm over
-    the family of pairs that were compared together; ``verdict``: "a", "b" or "tie" (see `verdict`).
+    ``only_a`` / ``only_b``: images that only a / only b gets right (in most draws); ``p``: exact McNemar; ``p_holm``:
+    after Holm over the family of pairs that were compared together; ``verdict``: "a", "b" or "tie" (see `verdict`).
     """
 
     a: str
@@ -54,8 +55,12 @@ class Pair:
     verdict: Verdict
 
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a proportion, as fractions (lo, hi); exactly 0 or 1 at the ends of the range."""
+def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson score interval of a proportion, as fractions (lo, hi); exactly 0 or 1 at the ends of the range.
+
+    ``successes`` need not be whole: for a randomised defense it is the sum of shares, and the interval, which treats
+    every image as one trial, is then a little too wide.
+    """
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}; an accuracy needs images")
     if not 0 <= successes <= n:
@@ -85,22 +90,22 @@ def macro_harmonic(clean: Sequence[float], robust: Sequence[float]) -> tuple[flo
     return mean, harmonic(float(np.mean(clean)), float(np.mean(robust)))
 
 
-def worst_case(clean: ArrayLike, members: Sequence[ArrayLike], ran: Sequence[ArrayLike] | None = None) -> Bools:
-    """Correct on the clean image AND under every attack of the composition: (n,) booleans.
+def worst_case(clean: ArrayLike, members: Sequence[ArrayLike], ran: Sequence[ArrayLike] | None = None) -> Floats:
+    """Correct on the clean image AND under every attack of the composition: (n,) fractions, the smallest outcome.
 
-    ``members[i]``: outcome under attack i, (n,). ``ran[i]``: which images attack i was run on (survivors only); images
-    it did not see keep their outcome. Every image must fall or be seen by all members: an image that is still correct
-    and that some member never saw is an error, not a robust image.
+    ``members[i]``: outcome under attack i, (n,). ``ran[i]``: (n,) booleans, which images attack i was run on (survivors
+    only); images it did not see keep their outcome. Every image must fall or be seen by all members: an image that is
+    still correct and that some member never saw is an error, not a robust image.
     """
     alive = _outcome("clean", clean)
-    seen = [np.ones_like(alive) for _ in members] if ran is None else [_outcome("ran", r, len(alive)) for r in ran]
+    n = alive.size
+    seen = [np.ones(n, dtype=np.bool_) for _ in members] if ran is None else [_outcome("ran", r, n) > 0 for r in ran]
     if len(seen) != len(members):
         raise ValueError(f"expected one `ran` mask per member, got {len(seen)} for {len(members)} members")
-    outcomes = [_outcome(f"members[{i}]", m, len(alive)) for i, m in enumerate(members)]
-    for outcome, mask in zip(outcomes, seen, strict=True):
-        alive = alive & (outcome | ~mask)
+    for i, (member, mask) in enumerate(zip(members, seen, strict=True)):
+        alive = np.where(mask, np.minimum(alive, _outcome(f"members[{i}]", member, n)), alive)
     for i, mask in enumerate(seen):
-        skipped = int(np.sum(alive & ~mask))
+        skipped = int(np.sum((alive > 0) & ~mask))
         if skipped:
             raise ValueError(f"{skipped} images survive although member {i} never attacked them; run it on them first")
     return alive
@@ -109,14 +114,14 @@ def worst_case(clean: ArrayLike, members: Sequence[ArrayLike], ran: Sequence[Arr
 def asr_cond(clean: ArrayLike, robust: ArrayLike) -> float:
     """Attack success, conditional form: originally correct that become wrong / originally correct; 0 if none was."""
     c = _outcome("clean", clean)
-    r = _outcome("robust", robust, len(c))
-    return float(np.sum(c & ~r) / np.sum(c)) if c.any() else 0.0
+    r = _outcome("robust", robust, c.size)
+    return float(np.sum(np.maximum(c - r, 0)) / np.sum(c)) if c.any() else 0.0
 
 
 def asr_diff(clean: ArrayLike, robust: ArrayLike) -> float:
     """Attack success, difference form: clean accuracy minus accuracy under attack (images newly correct count)."""
     c = _outcome("clean", clean)
-    return float(np.mean(c) - np.mean(_outcome("robust", robust, len(c))))
+    return float(np.mean(c) - np.mean(_outcome("robust", robust, c.size)))
 
 
 def over_draws(correct: ArrayLike) -> tuple[float, float]:
@@ -139,7 +144,7 @@ def paired_difference(
 ) -> Estimate:
     """Mean of a - b over the same images with a percentile bootstrap interval (images are resampled as pairs)."""
     x = _outcome("a", a)
-    return _bootstrap([x.astype(np.float64) - _outcome("b", b, len(x))], confidence, draws, seed)
+    return _bootstrap([x - _outcome("b", b, x.size)], confidence, draws, seed)
 
 
 def macro_mean(sets: Sequence[ArrayLike], *, confidence: float = 0.95, draws: int = DRAWS, seed: int = 0) -> Estimate:
@@ -154,6 +159,21 @@ def macro_mean(sets: Sequence[ArrayLike], *, confidence: float = 0.95, draws: in
             f"expected at least one set, each a non-empty (n,) array, got shapes {[v.shape for v in values]}"
         )
     return _bootstrap(values, confidence, draws, seed)
+
+
+def mean_of_intervals(sets: Sequence[Estimate]) -> Estimate:
+    """Mean of independent estimates, each with its interval, where the outcomes themselves are not at hand.
+
+    The interval of the mean from the distances of each limit to its estimate (MOVER, Zou and Donner 2008); with Wilson
+    limits it agrees with the stratified bootstrap of `macro_mean` to 0.3 points at 200 images a set, 0.1 at 1,000.
+    """
+    if not sets:
+        raise ValueError("expected at least one estimate, got none")
+    k = len(sets)
+    value = sum(s.value for s in sets) / k
+    below = sum((s.value - s.lo) ** 2 for s in sets) ** 0.5 / k
+    above = sum((s.hi - s.value) ** 2 for s in sets) ** 0.5 / k
+    return Estimate(value, value - below, value + above)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -191,19 +211,20 @@ def pairwise(
 ) -> list[Pair]:
     """All pairs of one block: difference, interval, exact McNemar, Holm over these pairs, verdict.
 
-    ``outcomes``: name -> (n,) booleans over the same images in the same order. Pair i draws from stream (seed, i).
+    ``outcomes``: name -> (n,) outcomes over the same images in the same order. Pair i draws from stream (seed, i).
+    McNemar counts an image as right for a randomised defense if it is right in most draws; the difference is of means.
     """
     names = list(outcomes)
     n = len(np.asarray(outcomes[names[0]])) if names else 0
     arrays = {name: _outcome(name, outcomes[name], n) for name in names}
     pairs = list(combinations(names, 2))
-    counts = [(int(np.sum(arrays[a] & ~arrays[b])), int(np.sum(~arrays[a] & arrays[b]))) for a, b in pairs]
+    right = {name: outcome > 0.5 for name, outcome in arrays.items()}
+    counts = [(int(np.sum(right[a] & ~right[b])), int(np.sum(~right[a] & right[b]))) for a, b in pairs]
     raw = [mcnemar(*c) for c in counts]
     adjusted = holm(raw)
     found: list[Pair] = []
     for i, (a, b) in enumerate(pairs):
-        values = [arrays[a].astype(np.float64) - arrays[b]]
-        diff = _bootstrap(values, 1 - alpha, draws, (seed, i))
+        diff = _bootstrap([arrays[a] - arrays[b]], 1 - alpha, draws, (seed, i))
         found.append(Pair(a, b, diff, *counts[i], raw[i], adjusted[i], verdict(diff, adjusted[i], alpha)))
     return found
 
@@ -230,13 +251,18 @@ def _bootstrap(sets: list[Floats], confidence: float, draws: int, seed: int | tu
     return Estimate(float(np.mean([v.mean() for v in sets])), float(lo), float(hi))
 
 
-def _outcome(name: str, values: ArrayLike, n: int | None = None) -> Bools:
+def _outcome(name: str, values: ArrayLike, n: int | None = None) -> Floats:
     array = np.asarray(values)
-    if array.dtype != np.bool_ or array.ndim != 1 or array.size == 0:
-        raise ValueError(f"{name} must be a non-empty (n,) boolean array, got {array.dtype} of shape {array.shape}")
+    if array.dtype.kind not in "bf" or array.ndim != 1 or array.size == 0:
+        raise ValueError(
+            f"{name} must be a non-empty (n,) array of booleans or of shares in [0, 1], "
+            f"got {array.dtype} of shape {array.shape}"
+        )
     if n is not None and array.size != n:
         raise ValueError(f"{name} has {array.size} images, expected {n}; outcomes must cover the same images")
-    return array
+    if not bool(np.all((array >= 0) & (array <= 1))):
+        raise ValueError(f"{name} must lie in [0, 1], got {array.min()} to {array.max()}; divide percentages by 100")
+    return array.astype(np.float64)
 
 
 def _level(confidence: float) -> float:
