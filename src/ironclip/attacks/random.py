@@ -1,0 +1,74 @@
+"""Random points of the ball: what any attack must beat, and a probe for masked gradients (arXiv 2106.09947)."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ironclip.attacks.pgd import classes_of
+from ironclip.core.ball import NORMS, start_delta
+from ironclip.core.check import check_choice, check_eps, check_images, check_labels
+from ironclip.core.losses import margin
+from ironclip.core.rng import SampleRNG
+from ironclip.core.spec import method
+from ironclip.core.types import AttackResult, Classifier, prediction
+
+
+@method
+class RandomPoints:
+    """Tries ``points`` random perturbations per image and keeps the first that fools, or the worst by margin.
+
+    ``kind``: ``corner`` (linf: every pixel at plus or minus eps; l2 and l1: at the surface) or ``inside``. Costs points F.
+    """
+
+    name: ClassVar[str] = "random"
+    revision: ClassVar[int] = 1
+
+    eps: Fraction = Fraction(1, 255)
+    points: int = 16
+    norm: str = "linf"
+    kind: str = "corner"
+
+    def __post_init__(self) -> None:
+        check_choice(self.norm, NORMS, "norm")
+        check_choice(self.kind, ("corner", "inside"), "kind")
+        object.__setattr__(self, "eps", check_eps(self.eps, self.norm))
+        if self.points < 1:
+            raise ValueError(f"points must be at least 1, got {self.points}")
+
+    def __call__(self, clf: Classifier, x: Tensor, y: Tensor, *, rng: SampleRNG) -> AttackResult:
+        """Attack one batch: ``x``: (b, 3, h, w) pixels in [0, 1], ``y``: (b,) labels."""
+        check_images(x)
+        check_labels(y, x.shape[0], classes_of(clf, x, rng))
+        b, eps = x.shape[0], float(self.eps)
+        best, value = x.clone(), x.new_full((b,), -torch.inf)
+        last, hit = value.clone(), torch.zeros(b, dtype=torch.bool, device=x.device)
+        stream = rng.fold("random")
+        with torch.no_grad():
+            for i in range(self.points):
+                if self.norm == "linf" and self.kind == "corner":
+                    delta = eps * stream.fold("point", i).uniform_like(x, -1.0, 1.0).sign()
+                else:
+                    kind = "surface" if self.kind == "corner" else "uniform"
+                    delta = start_delta(x, eps, self.norm, kind, stream.fold("point", i))
+                point = (x + delta).clamp(0.0, 1.0)
+                z = clf(point, stream.fold("defense").at(i))
+                last, fooled = margin(z, y), prediction(z) != y
+                better = (fooled & ~hit) | ((fooled == hit) & (last > value))
+                best[better], value[better] = point[better], last[better]
+                hit |= fooled
+        zeros = torch.zeros(b, dtype=torch.bool, device=x.device)
+        return AttackResult(
+            x_adv=best,
+            success=hit,
+            loss=value,
+            final_loss=last,
+            forwards=torch.full((b,), self.points),
+            backwards=torch.zeros(b, dtype=torch.long),
+            zero_grad=zeros,
+            zero_pixels=x.new_zeros(b),
+            late_gain=x.new_zeros(b),
+        )

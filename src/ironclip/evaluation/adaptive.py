@@ -1,0 +1,204 @@
+"""The adaptive cell: a defense against an attacker who knows it, per-sample worst case over a composition."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ironclip.core.grad import NoGradientError
+from ironclip.core.rng import SampleRNG
+from ironclip.core.spec import full_text
+from ironclip.core.types import Attack, AttackResult, Classifier
+from ironclip.core.views import base_of
+from ironclip.evaluation import gallery
+from ironclip.evaluation.adversarial import COLUMNS, adversarial
+from ironclip.evaluation.block import Block, Entry
+from ironclip.evaluation.cells import Cell, Filled, cell, clean_cell, clean_rows, distance, fill, rows_by_id, run_static
+from ironclip.evaluation.judge import Verdict, judge
+from ironclip.evaluation.recipes import Member
+from ironclip.evaluation.threat import attack_view, composition, fitted
+from ironclip.registry import build_attack
+
+
+def run_adaptive(
+    block: Block, entry: Entry, attacks: list[Attack], eps: Fraction, norm: str, threat: str = "adaptive"
+) -> Cell:
+    """Per-sample worst case over the defense's composition: white-box members first, transfer and random points last.
+
+    With ``threat="blackbox"`` the members see answers only.
+
+    Only samples that are still right on some draw go on to the next member, except where the defense couples the batch.
+    """
+    members = composition(entry.defense, threat)
+    specs = [m.spec(eps, norm, block.budget.steps) if m.view != "static" else "static" for m in members]
+    c = cell(
+        block,
+        entry,
+        threat,
+        eps=f"{eps.numerator}/{eps.denominator}",
+        norm=norm,
+        budget=asdict(block.budget),
+        members=[[m.name, m.view, s, m.beta] for m, s in zip(members, specs, strict=True)],
+        transfer=sorted(full_text(a) for a in attacks),
+        precision=block.precision,
+    )
+    clean = clean_rows(block, entry)
+    static = [rows_by_id(block, run_static(block, entry, a)) for a in attacks] if threat == "adaptive" else []
+    defended = entry.defense.apply(block.clf, entry.state)
+    batchwise = bool(base_of(defended, "batchwise"))
+
+    def rows(x: Tensor, y: Tensor, ids: list[str]) -> Filled:
+        trial = Trial(block, entry, defended, batchwise, x, y, ids, clean)
+        for member, spec in zip(members, specs, strict=True):
+            if member.view == "static":
+                trial.transfer(member, static)
+            else:
+                trial.run(member, spec)
+        gallery.keep(block, entry, c.digest, None, threat, defended, x, trial.x_worst, y, ids, eps, norm)
+        return trial.rows(), {}
+
+    facts = {"eps": f"{eps.numerator}/{eps.denominator}", "norm": norm}
+
+    def weight() -> float:
+        spent = block.store.tally(clean_cell(block, entry).digest)
+        per = max(spent.get("forwards", 1) + spent.get("backwards", 0), 1) / max(spent.get("n", 1), 1)
+        eot = block.budget.eot if bool(base_of(defended, "randomized")) else 1
+        return sum(block.budget.steps * eot * per * 2 for m in members if m.white)
+
+    fill(block, entry, c, rows, weight=weight(), members=members, facts=facts)
+    return c
+
+
+class Trial:
+    """The members of one composition on one batch, and the worst that each sample has met."""
+
+    def __init__(
+        self,
+        block: Block,
+        entry: Entry,
+        defended: Classifier,
+        batchwise: bool,
+        x: Tensor,
+        y: Tensor,
+        ids: list[str],
+        clean: dict[str, dict[str, Any]],
+    ) -> None:
+        self.block, self.entry, self.defended, self.batchwise = block, entry, defended, batchwise
+        self.x, self.y, self.ids = x, y, ids
+        self.clean = [clean[i] for i in ids]
+        self.value = torch.tensor([float(r["correct"]) for r in self.clean], dtype=torch.float32)
+        self.white, self.worst_all = self.value.clone(), torch.tensor([bool(r["worst"]) for r in self.clean])
+        self.x_worst, self.correct, self.ran, self.dead = x.clone(), [], [], []  # type: ignore[var-annotated]
+        self.broken_by = [""] * len(ids)
+        self.tie = torch.zeros(len(ids), dtype=torch.bool)
+        self.flips, self.pred = self.tie.clone(), torch.tensor([int(r["pred"]) for r in self.clean])
+        self.cost = torch.zeros(len(ids), 2, dtype=torch.long)
+        self.late, self.zero_pixels = torch.zeros(len(ids)), torch.zeros(len(ids))
+
+    def run(self, member: Member, spec: str) -> None:
+        """One member on the samples that are still right."""
+        alive = torch.ones_like(self.tie) if self.batchwise else self.value > 0
+        correct, ran = torch.ones(len(self.ids)), alive.clone()
+        dead = torch.zeros_like(alive)
+        if bool(alive.any()):
+            idx = alive.nonzero().flatten()
+            ids = [self.ids[i] for i in idx.tolist()]
+            rng = self.block.rng(ids).fold("adaptive", member.name)
+            x, y = self.x[idx], self.y[idx]
+            result = self._attack(member, spec, x, y, ids, rng)
+            if result is None:
+                dead[idx] = True
+            else:
+                verdict = judge(self.defended, result.x_adv, y, rng, self.block.budget.draws)
+                correct[idx] = verdict.correct.cpu()
+                dead[idx] = result.zero_grad.cpu()
+                self.cost[idx, 0] += result.forwards.cpu()
+                self.cost[idx, 1] += result.backwards.cpu()
+                self.late[idx] = torch.maximum(self.late[idx], result.late_gain.cpu().float())
+                self.zero_pixels[idx] = torch.maximum(self.zero_pixels[idx], result.zero_pixels.cpu().float())
+                self._worse(idx, verdict, result.x_adv, member)
+        self.correct.append(correct)
+        self.ran.append(ran)
+        self.dead.append(dead)
+
+    def _attack(
+        self, member: Member, spec: str, x: Tensor, y: Tensor, ids: list[str], rng: SampleRNG
+    ) -> AttackResult | None:
+        attack = build_attack(spec)
+        block, entry = self.block, self.entry
+        if member.view == "base":
+            target = fitted(entry.defense.info, entry.defense, block.clf, entry.state)
+            fast = fitted(entry.defense.info, entry.defense, block.fast, entry.state)
+            kept = block.store.adversarial(block.adv_key(target, attack))
+            x_adv, cols = adversarial(block, target, fast, attack, kept, x, y, ids)
+            notes: Any = {name: cols[name] for name in COLUMNS}
+            return AttackResult(x_adv=x_adv, success=cols["success"], **notes)
+        view, _ = attack_view(entry.defense, block.fast, entry.state, member, block.budget)
+        try:
+            return attack(view, x, y, rng=rng)
+        except NoGradientError:
+            return None
+
+    def _worse(self, idx: Tensor, verdict: Verdict, x_adv: Tensor, member: Member) -> None:
+        got = verdict.correct.cpu()
+        lower = got < self.value[idx]
+        for i, less, value in zip(idx.tolist(), lower.tolist(), got.tolist(), strict=True):
+            if less and value < 0.5 <= float(self.value[i]):
+                self.broken_by[i] = member.name
+        self.x_worst[idx[lower]] = x_adv[lower.to(x_adv.device)]
+        self.pred[idx[lower]] = verdict.pred.cpu()[lower]
+        self.value[idx] = torch.minimum(self.value[idx], got)
+        self.worst_all[idx] &= verdict.worst.cpu()
+        self.tie[idx] |= verdict.tie.cpu()
+        self.flips[idx] |= verdict.flips.cpu()
+        if member.white:
+            self.white[idx] = torch.minimum(self.white[idx], got)
+
+    def transfer(self, member: Member, static: list[dict[str, dict[str, Any]]]) -> None:
+        """The stored static examples, already judged."""
+        got = torch.ones(len(self.ids))
+        for rows in static:
+            got = torch.minimum(got, torch.tensor([float(rows[i]["correct"]) for i in self.ids]))
+        for i, value in enumerate(got.tolist()):
+            if value < 0.5 <= float(self.value[i]):
+                self.broken_by[i] = member.name
+            if value < float(self.value[i]):
+                self.pred[i] = min((r[self.ids[i]] for r in static), key=lambda r: r["correct"])["pred"]
+        self.value = torch.minimum(self.value, got)
+        self.correct.append(got)
+        self.ran.append(torch.full_like(self.tie, bool(static)))
+        self.dead.append(torch.zeros_like(self.tie))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One record per sample."""
+        return [
+            {
+                "sample_id": self.ids[i],
+                "label": int(self.y[i]),
+                **{f"clean_{k}": self.clean[i][k] for k in ("pred", "correct", "margin")},
+                "pred": int(self.pred[i]),
+                "robust": float(self.value[i]),
+                "worst": bool(self.worst_all[i] and self.value[i] > 0),
+                "white_correct": float(self.white[i]),
+                "broken_by": self.broken_by[i],
+                "correct": [float(m[i]) for m in self.correct],
+                "ran": [bool(m[i]) for m in self.ran],
+                "dead": [bool(m[i]) for m in self.dead],
+                "attack_forwards": int(self.cost[i, 0]),
+                "attack_backwards": int(self.cost[i, 1]),
+                "late_gain": float(self.late[i]),
+                "zero_pixels": float(self.zero_pixels[i]),
+                "zero_grad": all(bool(d[i]) for d, r in zip(self.dead, self.ran, strict=True) if r[i]),
+                "tie": bool(self.tie[i] or self.clean[i]["tie"]),
+                "stochastic": bool(self.flips[i] or self.clean[i]["stochastic"]),
+                "probabilities": bool(self.clean[i]["probabilities"]),
+                "dynamic": False,
+                "dtype_flip": False,
+                **distance(self.x, self.x_worst, i),
+            }
+            for i in range(len(self.ids))
+        ]

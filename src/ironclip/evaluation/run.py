@@ -1,0 +1,333 @@
+"""``evaluate``: specs in, honest numbers out. The command line calls this and adds nothing."""
+
+from __future__ import annotations
+
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file
+
+from ironclip.core.check import check_choice, unknown
+from ironclip.core.spec import full_text, split_list
+from ironclip.core.types import THREATS, Attack, Defense, State
+from ironclip.core.vlm import VLM
+from ironclip.core.zeroshot import ZeroShot
+from ironclip.data import load_data
+from ironclip.data.types import Dataset
+from ironclip.evaluation import gallery as pictures
+from ironclip.evaluation.adaptive import run_adaptive
+from ironclip.evaluation.block import Block, Entry, Progress, Silent
+from ironclip.evaluation.cells import Cell, cell, run_static
+from ironclip.evaluation.cost import cost
+from ironclip.evaluation.probes import probe
+from ironclip.evaluation.recipes import Budget
+from ironclip.evaluation.recipes import budget as budget_named
+from ironclip.evaluation.results import assemble, merged
+from ironclip.evaluation.store import Store
+from ironclip.models import load
+from ironclip.registry import DEFENSES, build_attack, build_defense
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run as text and numbers, so that another process can repeat it; fields as in ``evaluate``."""
+
+    vlm: Any = "lite"
+    data: tuple[Any, ...] = ("photos",)
+    defenses: tuple[Any, ...] = ("none",)
+    attacks: tuple[Any, ...] = ("table2-pgd10",)
+    threat: tuple[str, ...] = ("static",)
+    limit: int | None = None
+    seed: int = 0
+    batch_size: int = 16
+    precision: str = "fp32"
+    budget: Any = "standard"
+    prompts: str | None = None
+    state: str | None = None
+    device: str = "cpu"
+    gallery: int = 4
+    skip_bad: bool = False
+    merge_duplicates: bool = True
+    adaptive_limit: int | None = None
+    costs: bool = True
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def evaluate(
+    vlm: str | VLM = "lite",
+    data: str | Dataset | Sequence[str | Dataset] = "photos",
+    defenses: str | Sequence[str | Defense] = "none",
+    attacks: str | Sequence[str | Attack] = "table2-pgd10",
+    threat: str | Sequence[str] = "static",
+    *,
+    limit: int | None = None,
+    adaptive_limit: int | None = None,
+    seed: int = 0,
+    store: str | Path | None = None,
+    state: str | Path | None = None,
+    batch_size: int = 16,
+    precision: str = "fp32",
+    budget: str | Budget = "standard",
+    prompts: str | None = None,
+    device: str = "cpu",
+    executor: str = "serial",
+    workers: int = 2,
+    gallery: int = 4,
+    skip_bad: bool = False,
+    merge_duplicates: bool = True,
+    progress: Progress | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Clean, static, graybox and adaptive accuracy of defenses on one model, per sample, with intervals.
+
+    ``vlm``: spec or VLM. ``data``: specs, comma separated or a list, or data sets. ``defenses``: names or specs, or
+    ``all``. ``attacks``: specs of the static attacks; their budgets are those of the adaptive compositions too.
+    ``threat``: static, graybox, adaptive, blackbox. ``limit``: first n of each set in a fixed order (nested subsets);
+    ``adaptive_limit``: the same for the adaptive threat. ``store``: folder of results, reused and resumed; without
+    one a temporary folder is used. ``state``: folder of fitted states, ``NAME.safetensors`` per defense.
+    ``precision``: of the attack; predictions that count are always fp32. ``budget``: smoke, quick, standard, full.
+
+    Returns the results dictionary of ``evaluation/results.py``. Raises ValueError for bad input before any work begins;
+    a cell that fails later is recorded under ``errors``.
+    """
+    job = Job(
+        vlm=vlm,
+        data=_listed(data),
+        defenses=expand_defenses(_listed(defenses)),
+        attacks=_listed(attacks),
+        threat=_listed(threat),
+        limit=limit,
+        adaptive_limit=adaptive_limit,
+        seed=seed,
+        batch_size=batch_size,
+        precision=precision,
+        budget=budget_named(budget),
+        prompts=prompts,
+        state=None if state is None else str(state),
+        device=device,
+        gallery=gallery,
+        skip_bad=skip_bad,
+        merge_duplicates=merge_duplicates,
+    )
+    return evaluate_jobs([job], store, executor=executor, workers=workers, progress=progress, command=command)
+
+
+def evaluate_jobs(
+    jobs: Sequence[Job],
+    store: str | Path | None = None,
+    *,
+    executor: str = "serial",
+    workers: int = 2,
+    progress: Progress | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Several jobs into one table; all are checked before the first one runs. Raises ValueError."""
+    check_choice(executor, ("serial", "process"), "executor")
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    for job in jobs:
+        validate(job)
+    shown = progress or Silent()
+    if store is None:
+        with tempfile.TemporaryDirectory(prefix="ironclip-") as folder:
+            return merged([_execute(j, Path(folder) / "store", executor, workers, shown, command) for j in jobs])
+    Store(store)
+    return merged([_execute(j, Path(store), executor, workers, shown, command) for j in jobs])
+
+
+def validate(job: Job) -> None:
+    """Refuse what cannot run before anything is loaded. Raises ValueError."""
+    for word in job.threat:
+        if word not in THREATS:
+            raise ValueError(unknown("threat", word, THREATS))
+    for name, value in (("limit", job.limit), ("adaptive_limit", job.adaptive_limit)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if job.batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {job.batch_size}")
+    check_choice(job.precision, ("fp32", "bf16"), "precision")
+    if not job.data or not job.defenses or not job.attacks or not job.threat:
+        raise ValueError("vlm, data, defenses, attacks and threat each need at least one entry")
+    for d in job.defenses:
+        build_defense(d)
+    for a in job.attacks:
+        if not hasattr(build_attack(a), "eps"):
+            raise ValueError(f"attack {a!r} has no eps; only attacks inside a ball can be tabulated")
+    if job.device != "cpu":
+        try:
+            torch.zeros(1, device=job.device)
+        except (RuntimeError, AssertionError) as err:
+            raise ValueError(f"device {job.device!r} is not usable here ({err}); write --device cpu") from err
+
+
+def _execute(job: Job, folder: Path, executor: str, workers: int, progress: Progress, command: str) -> dict[str, Any]:
+    if executor == "process" and workers > 1:
+        from ironclip.evaluation.execute import spread
+
+        spread(job, folder, workers, progress)
+    return run(job, folder, progress, command)
+
+
+def run(
+    job: Job, folder: Path, progress: Progress, command: str = "", shard: tuple[int, int] = (0, 1)
+) -> dict[str, Any]:
+    """All blocks of a job in this process; with a ``shard`` only that worker's samples, and no table."""
+    model = job.vlm if isinstance(job.vlm, VLM) else load(job.vlm, device=job.device)
+    store = Store(folder)
+    sets = [_data(job, d, model) for d in job.data]
+    parts = [_block(job, model, store, s, progress, shard, command) for s in sets]
+    return merged(parts)
+
+
+def _data(job: Job, spec: Any, model: VLM) -> Dataset:
+    if not isinstance(spec, str):
+        if spec.size != model.image_size:
+            raise ValueError(f"data set {spec.name} is at {spec.size} px, {model.name} needs {model.image_size}")
+        return spec.subset(job.limit, job.seed)
+    options: Any = {"prompts": job.prompts, "limit": job.limit, "seed": job.seed, "skip_bad": job.skip_bad}
+    return cast(Dataset, load_data(spec, model.image_size, **options))
+
+
+def _block(
+    job: Job, model: VLM, store: Store, data: Dataset, progress: Progress, shard: tuple[int, int], command: str
+) -> dict[str, Any]:
+    clf = classifier(store, model, data, job.merge_duplicates)
+    fast = clf.with_vlm(model.at_precision(job.precision))
+    whole = Block(
+        vlm=model,
+        data=data,
+        clf=clf,
+        fast=fast,
+        store=store,
+        budget=job.budget,
+        seed=job.seed,
+        batch_size=job.batch_size,
+        precision=job.precision,
+        gallery=job.gallery,
+        shard=shard,
+        progress=progress,
+    )
+    few = whole if job.adaptive_limit is None else replace(whole, data=data.subset(job.adaptive_limit, job.seed))
+    attacks = [build_attack(a) for a in job.attacks]
+    entries = [Entry(build_defense(d), load_state(job, d)) for d in job.defenses]
+    for e in entries:
+        e.defense.apply(clf, e.state)  # a defense that cannot stand on this model says so before any work
+    budgets = {(a.eps, getattr(a, "norm", "linf")): None for a in attacks}  # type: ignore[attr-defined]
+    done: list[tuple[Cell, Entry, Block]] = []
+    errors: list[dict[str, Any]] = []
+
+    def attempt(block: Block, entry: Entry, threat: str, what: str, make: Callable[[], Cell]) -> None:
+        try:
+            done.append((make(), entry, block))
+        except (KeyboardInterrupt, SystemExit, OSError):
+            raise
+        except Exception as err:
+            c = cell(block, entry, threat, what=what)
+            store.fail(c.digest, c.key, str(err), traceback.format_exc())
+            errors.append(
+                {
+                    "vlm": model.name,
+                    "data": data.name,
+                    "defense": entry.defense.info.name,
+                    "threat": threat,
+                    "attack": what,
+                    "error": f"{type(err).__name__}: {err}",
+                    "traceback": traceback.format_exc(),
+                }
+            )
+
+    for e in entries:
+        for a in attacks:
+            if "static" in job.threat:
+                attempt(whole, e, "static", full_text(a), lambda e=e, a=a: run_static(whole, e, a))  # type: ignore[misc]
+            if "graybox" in job.threat and hasattr(e.defense, "weights"):
+                attempt(whole, e, "graybox", full_text(a), lambda e=e, a=a: run_static(whole, e, a, "graybox"))  # type: ignore[misc]
+        for eps, norm in budgets:
+            same = [a for a in attacks if (a.eps, getattr(a, "norm", "linf")) == (eps, norm)]  # type: ignore[attr-defined]
+            for threat in ("adaptive", "blackbox"):
+                if threat in job.threat:
+                    attempt(
+                        few,
+                        e,
+                        threat,
+                        f"{norm} {eps}",
+                        lambda e=e, s=same, p=eps, q=norm, t=threat: run_adaptive(few, e, s, p, q, t),  # type: ignore[misc]
+                    )
+    if shard != (0, 1):
+        return assemble(store, ())
+    return _table(job, done, errors, command)
+
+
+def _table(
+    job: Job, done: list[tuple[Cell, Entry, Block]], errors: list[dict[str, Any]], command: str
+) -> dict[str, Any]:
+    ids, costs, shown = {}, {}, []
+    for c, entry, block in done:
+        ids[c.digest] = list(block.data.ids)
+        costs[c.digest] = cost(block, entry) if job.costs else {}
+        shown += pictures.collect(block, c.digest)
+        if c.key["threat"] == "adaptive":
+            probe(block, entry, c.digest, Fraction(c.key["eps"]), c.key["norm"])
+    return assemble(
+        done[0][2].store if done else Store(tempfile.mkdtemp(prefix="ironclip-")),
+        [c.digest for c, _, _ in done],
+        ids=ids,
+        costs=costs,
+        command=command,
+        gallery=shown,
+        errors=errors,
+        notes=[
+            f"{b.data.skipped} unreadable images of {b.data.name} skipped" for _, _, b in done[:1] if b.data.skipped
+        ],
+    )
+
+
+def classifier(store: Store, model: VLM, data: Dataset, merge_duplicates: bool = True) -> ZeroShot:
+    """The zero-shot classifier of a data set, its class weights encoded once per store."""
+    from ironclip.core.spec import digest
+
+    key = digest([model.weights_hash, list(data.class_names), list(data.templates), merge_duplicates])
+
+    def build() -> dict[str, torch.Tensor]:
+        made = ZeroShot.build(model, data.class_names, data.templates, merge_duplicates=merge_duplicates)
+        return {"weights": made.weights}
+
+    weights = store.tensors("text", key, build)["weights"].to(model.device)
+    return ZeroShot.build(model, data.class_names, data.templates, merge_duplicates=merge_duplicates, weights=weights)
+
+
+def load_state(job: Job, spec: Any) -> State | None:
+    """The fitted state of a defense from the folder ``--state``, where the defense needs one.
+
+    Raises ValueError naming the file and the command that makes it.
+    """
+    defense = build_defense(spec)
+    if not defense.info.needs_state:
+        return None
+    name = defense.info.name
+    path = Path(job.state or "") / f"{name}.safetensors"
+    if job.state is None or not path.exists():
+        raise ValueError(
+            f"{name} must be fitted first: no {path.name} in --state {job.state}; run ironclip fit {name!r}"
+        )
+    return load_file(path)
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, str):
+        return tuple(split_list(value))
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def expand_defenses(names: Iterable[Any]) -> tuple[Any, ...]:
+    """``all`` becomes every registered defense; repeated entries count once."""
+    out: list[Any] = []
+    for name in names:
+        out += list(DEFENSES) if name == "all" else [name]
+    return tuple(dict.fromkeys(out))

@@ -1,0 +1,97 @@
+"""Flags that say when a robustness figure should not be believed (attacks.md of the design; Carlini et al. 2019, arXiv
+1902.06705; Athalye et al. 2018, arXiv 1802.00420). Each is computed from the stored rows, so a table made again from
+the store carries them too."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+FATAL = frozenset({"zero-grad", "bb-beats-wb", "steps-hurt", "budget"})
+"""A row with one of these prints ``unreliable`` instead of a number."""
+
+
+def attack_flags(rows: Sequence[dict[str, Any]], eps: float, norm: str) -> list[str]:
+    """Flags of one attack's rows: gradients, convergence, budget, ties, probabilities, random answers, precision."""
+    n = len(rows)
+    if not n:
+        return []
+    flags = []
+    ran = [r for r in rows if r["attack_backwards"] > 0]
+    if (ran and _share(ran, "zero_grad") > 0.01) or (ran and sum(r["zero_pixels"] for r in ran) / len(ran) > 0.5):
+        flags.append("zero-grad")
+    if ran and sum(r["late_gain"] for r in ran) / len(ran) > 0.01:
+        flags.append("not-converged")
+    if any(r[norm if norm in ("linf", "l2") else "l2"] > eps + 1e-6 for r in rows):
+        flags.append("budget")
+    if any(r["outside_box"] for r in rows):
+        flags.append("budget")
+    return [*flags, *answer_flags(rows)]
+
+
+def answer_flags(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Flags of the classifier's answers, attacked or not."""
+    flags = []
+    if any(r["tie"] for r in rows):
+        flags.append("tie")
+    if any(r["stochastic"] for r in rows):
+        flags.append("stochastic")
+    if rows and all(r["probabilities"] for r in rows):
+        flags.append("probabilities")
+    if rows and _share(rows, "dynamic") > 0:
+        flags.append("dynamic")
+    if rows and _share(rows, "dtype_flip") > 0.001:
+        flags.append("dtype")
+    return flags
+
+
+def adaptive_flags(rows: Sequence[dict[str, Any]], members: Sequence[dict[str, Any]]) -> list[str]:
+    """Flags of a composition.
+
+    ``zero-grad`` only if no white-box member had a usable gradient; ``bb-beats-wb`` if transfer or black-box members
+    break more than 0.2 points that no white-box member broke; ``random-beats`` if random points do.
+    """
+    n = len(rows)
+    if not n:
+        return []
+    flags = []
+    white = [i for i, m in enumerate(members) if m["white"]]
+    usable = 0
+    for i in white:
+        ran = [r for r in rows if r["ran"][i]]
+        dead = sum(r["dead"][i] for r in ran)
+        usable += bool(ran) and dead <= 0.01 * len(ran)
+        usable += not ran
+    if white and not usable:
+        flags.append("zero-grad")
+    only_other = [r for r in rows if _broken_only_by(r, members, white=False)]
+    if len(only_other) / n > 0.002:
+        flags.append("bb-beats-wb")
+    points = [i for i, m in enumerate(members) if m["name"] == "random"]
+    if points and any(r["ran"][points[0]] and r["correct"][points[0]] < r["white_correct"] for r in rows):
+        flags.append("random-beats")
+    return [*flags, *answer_flags(rows)]
+
+
+def _broken_only_by(row: dict[str, Any], members: Sequence[dict[str, Any]], white: bool) -> bool:
+    """Correct on clean pixels and under all members of the other colour, wrong under one of this colour."""
+    if row["clean_correct"] < 0.5 or row["white_correct"] < 0.5:
+        return False
+    return any(row["ran"][i] and row["correct"][i] < 0.5 for i, m in enumerate(members) if m["white"] is white)
+
+
+def sweep_flags(accuracy_by_eps: dict[float, tuple[float, int]], classes: int) -> list[str]:
+    """``eps-sweep`` if accuracy rises with the budget by more than one image, or survives 64/255 above half chance."""
+    points = sorted(accuracy_by_eps.items())
+    rises = any(
+        later[0] > earlier[0] + 1.0 / max(min(later[1], earlier[1]), 1)
+        for (_, earlier), (_, later) in itertools.pairwise(points)
+    )
+    huge = [acc for eps, (acc, _) in points if eps >= 64 / 255 - 1e-9]
+    survives = any(acc > 0.5 / classes + 1e-9 for acc in huge)
+    return ["eps-sweep"] if rises or survives else []
+
+
+def _share(rows: Sequence[dict[str, Any]], key: str) -> float:
+    return sum(bool(r[key]) for r in rows) / len(rows)
