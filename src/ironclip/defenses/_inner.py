@@ -1,0 +1,78 @@
+"""What defenses with steps of their own share: gradients inside a call, values with another value's derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ironclip.core.ball import project_delta, unit_step
+from ironclip.core.grad import second_order, wants_graph
+from ironclip.core.vlm import VLM
+
+
+def inner_gradient(objective: Callable[[Tensor], Tensor], at: Tensor, keep: bool = False) -> Tensor:
+    """Gradient at ``at`` of the objective's values (b,), summed, so that every row gets its own.
+
+    Works whatever the caller switched off (``no_grad``, ``inference_mode``) and touches no parameter. With ``keep`` the
+    gradient stays differentiable, attention included: ``at`` must then belong to the caller's graph.
+    """
+    if keep:
+        with second_order():
+            (grad,) = torch.autograd.grad(objective(at).sum(), at, create_graph=True)
+        return grad
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = at.detach().clone().requires_grad_(True)
+        (grad,) = torch.autograd.grad(objective(leaf).sum(), leaf)
+    return grad
+
+
+def forwarded(value: Tensor, backward: Tensor) -> Tensor:
+    """Exactly ``value`` going forward, the derivative of ``backward`` going back (Athalye et al. 2018)."""
+    return value.detach() + (backward - backward.detach())
+
+
+def boxed(x: Tensor, delta: Tensor) -> Tensor:
+    """x + delta inside the pixel box; derivative zero at the pixels that were cut."""
+    return (x + delta).clamp(0.0, 1.0)
+
+
+def counterattack(
+    vlm: VLM,
+    x: Tensor,
+    noise: Tensor,
+    clean: Tensor,
+    eps: float,
+    alpha: float,
+    norm: str,
+    weights: Sequence[float],
+    kappa: float | None = None,
+) -> Tensor:
+    """``x + sum_i weights[i] delta_i`` after ``len(weights) - 1`` ascent steps on ``||e(x + delta) - clean||^2``.
+
+    ``noise``: delta_0 before the pixel box. ``clean``: (b, d) features that are left, a constant of every step. Every
+    delta_i stays in the eps-ball and the pixel box. Differentiable in x where the caller wants that: through the box
+    alone for sign steps, whose derivative is zero, and through the whole ascent for l2 steps or with ``kappa``, which
+    gives the signs the derivative of tanh(kappa g / mean|g|).
+    """
+    unrolled = wants_graph(x) and len(weights) > 1 and (kappa is not None or norm != "linf")
+    if unrolled:
+        with second_order():
+            clean = vlm.encode_image(x, normalize=False)
+    start = x if unrolled else x.detach()
+    delta = boxed(x, noise) - x
+    total = weights[0] * delta
+
+    def distance(d: Tensor) -> Tensor:
+        return (vlm.encode_image(start + d, normalize=False) - clean).square().sum(dim=1)
+
+    for weight in weights[1:]:
+        grad = inner_gradient(distance, delta, keep=unrolled)
+        step = unit_step(grad, norm)
+        if unrolled and norm == "linf":
+            size = grad.abs().flatten(1).mean(dim=1).clamp(min=1e-30).view(-1, 1, 1, 1)
+            step = forwarded(step, torch.tanh((kappa or 1.0) * grad / size))
+        delta = boxed(x, project_delta(delta + alpha * step, eps, norm)) - x
+        total = total + weight * delta
+    return x + total
