@@ -56,9 +56,7 @@ def test_photos_do_not_import_foolbox_or_torchvision() -> None:
 
 
 def test_unknown_specs_get_the_nearest_and_all_choices(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"unknown data set 'photo'; did you mean 'photos'\? valid are photos, shapes"
-    ):
+    with pytest.raises(ValueError, match=r"unknown data set 'photo'; did you mean 'photos'\? valid are photos, shapes"):
         load_data("photo")
     with pytest.raises(ValueError, match=r"to read that folder write folder:"):
         load_data(str(tmp_path))

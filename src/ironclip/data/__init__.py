@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ironclip.data.catalogue import known_data
-from ironclip.data.files import data_root
 from ironclip.data.load import load_data
 from ironclip.data.prompts import prompt_set
+from ironclip.data.roots import data_root
 from ironclip.data.types import DataInfo, Dataset, Sample
 
 __all__ = ["DataInfo", "Dataset", "Path", "Sample", "data_root", "known_data", "load_data", "prompt_set"]

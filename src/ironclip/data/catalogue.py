@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ironclip.data.files import data_root
 from ironclip.data.photos import photos_folder
+from ironclip.data.roots import data_root
 from ironclip.data.scenes import class_names
 from ironclip.data.types import DataInfo
 

@@ -15,12 +15,25 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from ironclip.data.files import FileReader, data_root, hash_files, nearest_folder, refuse_bad
-from ironclip.data.imageset import ImageSet, sample_id
-from ironclip.data.preprocess import recipe_id
-from ironclip.data.prompts import choose_prompts
+from ironclip.data.imageset import ImageSet
+from ironclip.data.manifest import open_set
+from ironclip.data.prompts import choose_prompts, known_names
+from ironclip.data.roots import data_root, nearest_folder
+from ironclip.data.sources import Files
 
 _SUFFIXES = ".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm .jp2 .avif .heic".split()  # noqa: SIM905
+
+
+SAMPLES = {  # common folder names of samples of the named sets
+    "oxford_pets": "pets",
+    "stanford_cars": "cars",
+    "fgvc_aircraft": "aircraft",
+    "oxford_flowers": "flowers102",
+    "dtd47_lowres": "dtd",
+    "food101_3": "food101",
+    "imagenet1k_sample": "imagenet",
+    "sun15": "sun397",
+}
 
 
 @dataclass(frozen=True)
@@ -41,40 +54,29 @@ def load_folder(
     base, name = resolve(path, root)
     folders, stray = _class_folders(base)
     space = label_space(base, folders)
-    paths, labels, empty = [], [], []
+    paths: list[str] = []
+    labels: list[int] = []
+    bad = [(f, "image outside the class folders") for f in stray]
     for folder in folders:
-        inside = sorted(
-            p.relative_to(base).as_posix()
-            for p in (base / folder).rglob("*")
-            if p.is_file() and not _hidden(p, base)
-        )
+        inside = sorted(p.relative_to(base).as_posix() for p in (base / folder).rglob("*") if _listed(p, base))
         if not inside:
-            empty.append((folder + "/", "class folder without a file"))
+            bad.append((folder + "/", "class folder without a file"))
         paths += inside
         labels += [space.label[folder]] * len(inside)
     if not paths:
         raise ValueError(f"{name}: no image in its {len(folders)} class folders")
-    hashes, bad = hash_files(base, paths)
-    bad = stray + empty + bad
-    refuse_bad(name, bad, skip_bad)
-    keep = [i for i, h in enumerate(hashes) if h]
-    if not keep:
-        raise ValueError(f"{name}: all {len(paths)} files are bad; the first is {bad[0][0]}: {bad[0][1]}")
-    chosen = choose_prompts(prompts, name, space.names, default="generic")
-    used = recipe_id(recipe or chosen.preprocessing, size)
-    return ImageSet(
-        name=name,
-        class_names=chosen.names,
-        templates=chosen.templates,
-        prompt_set=chosen.id,
-        recipe=used,
-        size=size,
-        labels=[labels[i] for i in keep],
-        ids=[sample_id(hashes[i], paths[i], labels[i]) for i in keep],
-        read=FileReader(base, tuple(paths), used),
-        rows=keep,
-        skipped=len(bad),
-    )
+    chosen = choose_prompts(prompts, set_behind(name), space.names, default="generic")
+    source = Files(base, tuple(paths))
+    return open_set(name, source, labels, chosen, size, recipe=recipe, skip_bad=skip_bad, bad=bad)
+
+
+def set_behind(name: str) -> str:
+    """The named set that a folder is a part of, by the folder names in its path; else `name` itself.
+
+    It decides which templates and class names a prompt set other than the default gives to the folder.
+    """
+    parts = [p.lower() for p in name.removeprefix("folder:").split("/")]
+    return next((SAMPLES.get(p, p) for p in parts if SAMPLES.get(p, p) in known_names()), name)
 
 
 def resolve(path: str, root: Path | None) -> tuple[Path, str]:
@@ -93,9 +95,7 @@ def resolve(path: str, root: Path | None) -> tuple[Path, str]:
     if not found:
         at_file = next((p for p in tried if p.is_file()), None)
         if at_file is not None:
-            raise ValueError(
-                f"folder: expects a folder with one sub-folder per class, got the file {at_file}"
-            )
+            raise ValueError(f"folder: expects a folder with one sub-folder per class, got the file {at_file}")
         note = "" if home or wanted.is_absolute() else "; set IRONCLIP_DATA to the root of your data sets"
         raise FileNotFoundError(f"folder:{path} does not exist; {nearest_folder(tried[0])}{note}")
     base = found.pop()
@@ -105,11 +105,11 @@ def resolve(path: str, root: Path | None) -> tuple[Path, str]:
     return base, f"folder:{base.as_posix()}"
 
 
-def _hidden(path: Path, base: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(base).parts)
+def _listed(path: Path, base: Path) -> bool:
+    return path.is_file() and not any(part.startswith(".") for part in path.relative_to(base).parts)
 
 
-def _class_folders(base: Path) -> tuple[list[str], list[tuple[str, str]]]:
+def _class_folders(base: Path) -> tuple[list[str], list[str]]:
     """Sorted class folders, and images that lie beside instead of in them."""
     inside = sorted(p for p in base.iterdir() if not p.name.startswith("."))
     folders = [p.name for p in inside if p.is_dir()]
@@ -121,7 +121,7 @@ def _class_folders(base: Path) -> tuple[list[str], list[tuple[str, str]]]:
         )
     if not folders:
         raise ValueError(f"{base} holds no image and no class folder; expected {base.name}/CLASS/IMAGE.jpg")
-    return folders, [(f, "image outside the class folders") for f in loose]
+    return folders, loose
 
 
 def label_space(base: Path, folders: list[str]) -> LabelSpace:
@@ -137,9 +137,7 @@ def label_space(base: Path, folders: list[str]) -> LabelSpace:
     if full is None:
         source = "folder names" if names is None else str(names[0])
         keys = sorted(table)
-        return _checked(
-            LabelSpace([table[k] for k in keys], {k: i for i, k in enumerate(keys)}, source), folders, base
-        )
+        return _checked(LabelSpace([table[k] for k in keys], {k: i for i, k in enumerate(keys)}, source), folders, base)
     file, entries = full
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{file} must be a list of names or of {{'folder': ..., 'name': ...}}")
@@ -150,12 +148,9 @@ def label_space(base: Path, folders: list[str]) -> LabelSpace:
         label = {k: place[v] for k, v in table.items() if v in place}
         return _checked(LabelSpace(list(entries), label, str(file)), folders, base)
     if not all(
-        isinstance(e, dict) and isinstance(e.get("name"), str) and isinstance(e.get("folder"), str)
-        for e in entries
+        isinstance(e, dict) and isinstance(e.get("name"), str) and isinstance(e.get("folder"), str) for e in entries
     ):
-        raise ValueError(
-            f"{file} must be a list of names or of {{'folder': ..., 'name': ...}}, not a mixture"
-        )
+        raise ValueError(f"{file} must be a list of names or of {{'folder': ..., 'name': ...}}, not a mixture")
     label = {e["folder"]: i for i, e in enumerate(entries)}
     return _checked(LabelSpace([e["name"] for e in entries], label, str(file)), folders, base)
 
@@ -166,8 +161,7 @@ def _checked(space: LabelSpace, folders: list[str], base: Path) -> LabelSpace:
         parts = [f for f in lost if any((base / f / known).is_dir() for known in space.label)]
         if parts:
             raise ValueError(
-                f"{base} has the parts {', '.join(parts)}; "
-                f"choose one, for example folder:.../{base.name}/{parts[0]}"
+                f"{base} has the parts {', '.join(parts)}; choose one, for example folder:.../{base.name}/{parts[0]}"
             )
         near = get_close_matches(lost[0], list(space.label), n=1)
         hint = f"; nearest known folder: {near[0]}" if near else ""

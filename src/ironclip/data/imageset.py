@@ -49,9 +49,7 @@ class ImageSet:
             raise ValueError(f"{self.name}: sample ids must be distinct")
         check_templates(self.templates)
         if self.labels and not 0 <= min(self.labels) <= max(self.labels) < len(self.class_names):
-            raise ValueError(
-                f"{self.name}: labels must be in [0, {len(self.class_names)}), got {max(self.labels)}"
-            )
+            raise ValueError(f"{self.name}: labels must be in [0, {len(self.class_names)}), got {max(self.labels)}")
 
     def __len__(self) -> int:
         return len(self.ids)

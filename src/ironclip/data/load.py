@@ -61,7 +61,7 @@ def load_data(
     else:
         raise ValueError(_unknown(spec))
     if data.recipe != "none":
-        check_preprocessing(data.recipe)
+        check_preprocessing(data.recipe.partition("/")[0])
     return data.subset(limit, seed)
 
 

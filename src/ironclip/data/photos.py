@@ -12,10 +12,10 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from ironclip.data.files import FileReader, hash_files, refuse_bad
-from ironclip.data.imageset import ImageSet, sample_id
-from ironclip.data.preprocess import recipe_id
-from ironclip.data.prompts import choose_prompts, class_list
+from ironclip.data.imageset import ImageSet
+from ironclip.data.manifest import open_set
+from ironclip.data.prompts import choose_prompts, default_names
+from ironclip.data.sources import Files
 
 FILES_SHA256 = "614fda491c113314542e7caed709298bdbeab063efe60e15313bb26b58b5f448"
 _NAME = re.compile(r"imagenet_(\d{2})_(\d{1,3})\.jpg")
@@ -42,22 +42,8 @@ def load_photos(size: int, *, prompts: str | None, recipe: str | None) -> ImageS
             f"expected {FILES_SHA256[:16]}); reinstall with pip install --force-reinstall foolbox==3.3.4"
         )
     labels = [int(match[2]) for p in paths if (match := found[p])]
-    hashes, bad = hash_files(base, paths)
-    refuse_bad("photos", bad, skip_bad=False)
-    chosen = choose_prompts(prompts, "imagenet", class_list("imagenet")["names"]["fixed"], default="generic")
-    used = recipe_id(recipe or chosen.preprocessing, size)
-    return ImageSet(
-        name="photos",
-        class_names=chosen.names,
-        templates=chosen.templates,
-        prompt_set=chosen.id,
-        recipe=used,
-        size=size,
-        labels=labels,
-        ids=[sample_id(*row) for row in zip(hashes, paths, labels, strict=True)],
-        read=FileReader(base, tuple(paths), used),
-        rows=list(range(len(paths))),
-    )
+    chosen = choose_prompts(prompts, "imagenet", default_names("imagenet"), default="generic")
+    return open_set("photos", Files(base, tuple(paths)), labels, chosen, size, recipe=recipe)
 
 
 def files_digest(base: Path, paths: list[str]) -> str:

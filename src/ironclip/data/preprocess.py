@@ -51,9 +51,7 @@ def preprocess(image: Image.Image, recipe: str) -> Tensor:
     short, name, crop = parse_recipe(recipe)
     width, height = image.size
     if min(width, height) != short:
-        new = (
-            (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
-        )
+        new = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
         image = image.resize(new, FILTERS[name])
         width, height = image.size
     top, left = round((height - crop) / 2), round((width - crop) / 2)
@@ -101,9 +99,7 @@ def reference_checksum(recipe: str) -> np.ndarray:
         rows = (np.arange(8) * 2 + 1) * side // 16
         columns = ((np.arange(16) * 2 + 1) * side // 32 + k) % side
         out[k, :, :, :16] = pixels[:, rows][:, :, columns]
-        bands = np.stack(
-            [b.mean(axis=(1, 2)) for b in np.array_split(pixels.astype(np.float64), 8, axis=1)], axis=1
-        )
+        bands = np.stack([b.mean(axis=(1, 2)) for b in np.array_split(pixels.astype(np.float64), 8, axis=1)], axis=1)
         out[k, :, :, 16] = bands.round().astype(np.uint8)
     return out
 

@@ -35,7 +35,7 @@ from ironclip.data.scenes import (
 )
 
 _CHUNK = 32  # images drawn at once: small enough for the cache
-_SPECKS = 4
+_SPECKS = 3
 
 
 class Rendered(NamedTuple):
@@ -91,7 +91,7 @@ def draw(d: Draws, size: int) -> np.ndarray:
     image = _background(d, x, y, step)
     for k in range(_SPECKS):
         _speck(image, d, x, y, step, k)
-    turn = (2 * d.u[:, 5] - 1) * (40 * np.pi / 180)
+    turn = (2 * d.u[:, 5] - 1) * (15 * np.pi / 180)
     cos, sin = _turn(turn)
     c, s = _column(cos / d.radius), _column(sin / d.radius)
     dx, dy = x - _column(d.x), y - _column(d.y)
@@ -102,9 +102,7 @@ def draw(d: Draws, size: int) -> np.ndarray:
         inside[rows] = _cover(_distance(shape, u[rows], v[rows]), _column(d.radius[rows] / step))
     paint = np.array(list(COLOURS.values()))[d.colour] / 255 + (d.u[:, 8:11] - 0.5) * 0.16
     shade = 1 + (d.u[:, 11] - 0.5)[:, None, None] * 0.3 * (u + v)  # the light falls across the shape
-    image += (
-        paint[:, :, None, None].astype(np.float32) * shade[:, None].astype(np.float32) - image
-    ) * inside[:, None]
+    image += (paint[:, :, None, None].astype(np.float32) * shade[:, None].astype(np.float32) - image) * inside[:, None]
     return image * _column(0.85 + 0.25 * d.u[:, 12], 4)
 
 
@@ -154,7 +152,7 @@ def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 def _background(d: Draws, x: np.ndarray, y: np.ndarray, step: float) -> np.ndarray:
     """Two muted colours mixed by the pattern of the scene's background: (n, 3, size, size)."""
     base = 0.34 + 0.3 * d.u[:, 13:14] + (d.u[:, 14:17] - 0.5) * 0.2
-    contrast = np.where(d.u[:, 17:18] < 0.5, -1, 1) * (0.08 + 0.12 * d.u[:, 18:19])
+    contrast = np.where(d.u[:, 17:18] < 0.5, -1, 1) * (0.05 + 0.1 * d.u[:, 18:19])
     other = base + contrast + (d.u[:, 19:22] - 0.5) * 0.08
     angle = d.u[:, 22] * np.pi
     often = 1.5 + 3 * d.u[:, 23]  # repeats of the pattern in half the image side

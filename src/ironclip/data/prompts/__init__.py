@@ -1,14 +1,18 @@
 """Versioned prompt sets and class names: which templates and which names a data set is classified with.
 
-`sets/ID.json` holds templates: per data set, and under "default" for every other set (absent: the prompt set
-serves only the data sets it lists). `names/SET.json` holds the classes of a named data set: `keys` as its own
-files spell them, in label order, and one or more `names` lists. Nothing is ever built from a directory
-listing.
+`sets/ID.json`: `templates` per data set, and under "default" for every other set (absent: the prompt set serves
+only the data sets it lists); `names`, the name lists it wants, best first; `lower` and `spaces` (marks that become
+blanks), which apply to names under the default templates; `merge`: classes of equal name become one.
+`names/SET.json`: the classes of a named data set: `keys` as its own files spell them, in label order, and `names`
+lists by variant; `own` lists variants that take the names from disk. Nothing is built from a directory listing.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -19,14 +23,13 @@ from ironclip.data.imageset import check_templates
 
 @dataclass(frozen=True)
 class Prompts:
-    """The outcome of a choice: `id` of the prompt set, its templates, class names as prompted, preprocessing
-    kind.
-    """
+    """The outcome of a choice. `names[i]` is how class i of the data set is prompted; `merge`: equal names are one."""
 
     id: str
     templates: list[str]
     names: list[str]
     preprocessing: str
+    merge: bool = False
 
 
 def known_sets() -> list[str]:
@@ -65,57 +68,100 @@ def _set(name: str) -> dict:
 def class_list(dataset: str) -> dict:
     """The shipped record of a named data set: `keys`, `names` and what its file says beside them."""
     if dataset not in known_names():
-        raise ValueError(
-            f"no class list is shipped for {dataset!r}; there is one for {', '.join(known_names())}"
-        )
+        raise ValueError(f"no class list is shipped for {dataset!r}; there is one for {', '.join(known_names())}")
     return _load("names", dataset)
+
+
+def default_names(dataset: str) -> list[str]:
+    """The names of a named data set where no prompt set asks for others: audited, else as published with CLIP."""
+    lists = class_list(dataset)["names"]
+    return list(lists.get("fixed", lists["clip"]))
 
 
 def prompt_set(name: str, dataset: str) -> tuple[list[str], list[str] | None]:
     """(templates, class names) of prompt set `name` for `dataset`, a named set such as "pets".
 
-    Names are None where no list is shipped for the data set: it keeps its own. Raises ValueError with the
-    nearest match for an unknown set, and with the valid sets where `name` has no templates for `dataset`.
+    Names are None where the data set brings its own: no list is shipped for it, or the prompt set wants the names
+    as its files spell them. Raises ValueError with the nearest match for an unknown prompt set, and with those that
+    would do where `name` has no templates for `dataset`.
     """
+    record, key = _record(name, dataset)
+    found = _variant(record, dataset)
+    names = None if found is None else [_styled(n, record, key) for n in class_list(dataset)["names"][found]]
+    return list(record["templates"][key]), names
+
+
+def choose_prompts(prompts: str | None, dataset: str, own: Sequence[str], *, default: str) -> Prompts:
+    """The prompts of an open data set: `prompts` is a set id, a template containing "{}", or None for `default`.
+
+    `own`: class names as the data set brings them, in label order. They are joined to the shipped list by name; if
+    one is not in it, or no list is shipped for `dataset`, all of them are kept.
+    """
+    if prompts is not None and "{" in prompts:
+        check_templates([prompts])
+        return Prompts(prompts, [prompts], list(own), "clip")
+    record, key = _record(default if prompts is None else prompts, dataset)
+    found = _variant(record, dataset)
+    names = list(own)
+    if found is not None:
+        place = match_classes(own, dataset)
+        wanted = class_list(dataset)["names"][found]
+        if None not in place:
+            names = [wanted[i] for i in place if i is not None]
+    names = [_styled(n, record, key) for n in names]
+    return Prompts(
+        record["id"], list(record["templates"][key]), names, record["preprocessing"], record.get("merge", False)
+    )
+
+
+def match_classes(own: Sequence[str], dataset: str) -> list[int | None]:
+    """Label of each name in the shipped list of `dataset`, None where it is not in it.
+
+    Case and punctuation do not count. A name may be a key or from any variant; one that a variant gives to two
+    classes matches neither, unless `own` is that whole variant in order.
+    """
+    record = class_list(dataset)
+    lists = [record["keys"], *record["names"].values()]
+    plain = [_plain(o) for o in own]
+    if any(plain == [_plain(n) for n in names] for names in lists):
+        return list(range(len(own)))
+    place: dict[str, int] = {}
+    for names in reversed(lists):  # keys last, so that they win
+        forms = [_plain(n) for n in names]
+        often = Counter(forms)
+        place.update({f: i for i, f in enumerate(forms) if often[f] == 1})
+    return [place.get(p) for p in plain]
+
+
+def _record(name: str, dataset: str) -> tuple[dict, str]:
     record = _set(name)
     key = dataset if dataset in record["templates"] else "default"
     if key not in record["templates"]:
         able = [s for s in known_sets() if {dataset, "default"} & set(_load("sets", s)["templates"])]
-        raise ValueError(
-            f"prompt set {name!r} has no templates for {dataset!r}; those that have: {', '.join(able)}"
-        )
-    templates = list(record["templates"][key])
+        raise ValueError(f"prompt set {name!r} has no templates for {dataset!r}; those that have: {', '.join(able)}")
+    return record, key
+
+
+def _variant(record: dict, dataset: str) -> str | None:
+    """The name list that the prompt set takes for a data set; None: the data set's own names."""
     if dataset not in known_names():
-        return templates, None
-    lists = class_list(dataset)["names"]
-    variant = next((v for v in record["names"] if v in lists), "fixed")
-    return templates, [_styled(n, record) for n in lists[variant]]
+        return None
+    shipped = class_list(dataset)
+    for variant in record["names"]:
+        if variant in shipped.get("own", ()):
+            return None
+        if variant in shipped["names"]:
+            return variant
+    return None
 
 
-def choose_prompts(prompts: str | None, dataset: str, own_names: list[str], *, default: str) -> Prompts:
-    """The prompts of an open data set: `prompts` is a set id, a template containing "{}", or None for
-    `default`.
-
-    `own_names` is the class list that the set found on disk; it is kept wherever no list is shipped for
-    `dataset`.
-    """
-    if prompts is not None and "{" in prompts:
-        check_templates([prompts])
-        listed = prompt_set(default, dataset)[1]
-        return Prompts(prompts, [prompts], list(own_names) if listed is None else listed, "clip")
-    chosen = default if prompts is None else prompts
-    templates, names = prompt_set(chosen, dataset)
-    record = _set(chosen)
-    if names is None:
-        names = [_styled(n, record) for n in own_names]
-    if len(names) != len(own_names):
-        raise ValueError(
-            f"{dataset}: {len(own_names)} classes on disk, {len(names)} names in prompt set {chosen!r}"
-        )
-    return Prompts(chosen, templates, names, record["preprocessing"])
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", " ", name.lower().replace("'", "")).strip()
 
 
-def _styled(name: str, record: dict) -> str:
+def _styled(name: str, record: dict, key: str) -> str:
+    if key != "default":
+        return name
     for mark in record.get("spaces", ""):
         name = name.replace(mark, " ")
     return name.lower() if record.get("lower") else name
