@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ironclip.attacks._ascent import Ascent, ascend
 from ironclip.core.ball import NORMS
-from ironclip.core.check import as_fraction, check_choice, check_eps, check_images
+from ironclip.core.check import as_fraction, check_choice, check_eps, check_images, check_labels
+from ironclip.core.grad import draws_of
 from ironclip.core.losses import FEATURE
 from ironclip.core.rng import SampleRNG
 from ironclip.core.spec import method
@@ -63,6 +64,8 @@ class FeaturePGD:
         object.__setattr__(self, "eps", check_eps(self.eps, self.norm))
         if self.alpha is not None:
             object.__setattr__(self, "alpha", as_fraction(self.alpha, "alpha"))
+            if self.alpha <= 0:
+                raise ValueError(f"alpha must be positive, got {self.alpha}; write 1/255")
         if self.start == "zero" and self.loss != "feat_tgt":
             raise ValueError(f"{self.loss} has zero gradient at the clean image; use start=uniform")
         check_choice(self.start, ("zero", "uniform", "volume", "surface"), "start")
@@ -74,6 +77,8 @@ class FeaturePGD:
     ) -> AttackResult:
         """Attack one batch; ``target``: (b, d) embeddings to reach, for ``feat_tgt`` only."""
         check_images(x)
+        k = base_of(clf, "k")
+        check_labels(y, x.shape[0], k if isinstance(k, int) else None)
         vlm, head = base_of(clf, "vlm"), base_of(clf, "head")
         if vlm is None or head is None:
             raise ValueError("a feature attack needs a classifier with an image encoder, such as ZeroShot")
@@ -81,10 +86,10 @@ class FeaturePGD:
             raise ValueError("target embeddings (b, d) belong to loss=feat_tgt and to no other loss")
         with torch.no_grad():
             goal = vlm.encode_image(x, normalize=False) if target is None else target
-        step = self.alpha or Fraction(5, 2 * max(self.steps, 1)) * self.eps
+        alpha = self.alpha or Fraction(5, 2 * max(self.steps, 1)) * self.eps
         run = Ascent(
             eps=float(self.eps),
-            alpha=float(step),
+            alpha=float(alpha),
             steps=self.steps,
             norm=self.norm,
             start=self.start,
@@ -106,5 +111,5 @@ class FeaturePGD:
         result = ascend(encode, x, loss, never, run, rng.fold("feature_pgd"))
         with torch.no_grad():
             hit = prediction(clf(result.x_adv, rng.fold("feature_pgd", "judge"))) != y
-        forwards = result.forwards + (1 if target is None else 0) + 1
+        forwards = result.forwards + (1 if target is None else 0) + draws_of(clf)
         return replace(result, success=hit, forwards=forwards)

@@ -15,13 +15,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ironclip.attacks._ascent import Ascent, ascend, merge_restarts
+from ironclip.attacks._ascent import Ascent, ascend
+from ironclip.attacks._objective import Objective
+from ironclip.attacks._tally import absorb, independent, value
 from ironclip.core.ball import NORMS, STARTS
-from ironclip.core.check import as_fraction, check_choice, check_eps, check_images, check_labels, check_logits
-from ironclip.core.losses import TARGETED, UNTARGETED, usable, with_target
+from ironclip.core.check import as_fraction, check_choice, check_eps
+from ironclip.core.grad import draws_of
+from ironclip.core.losses import TARGETED, UNTARGETED
 from ironclip.core.rng import SampleRNG
 from ironclip.core.spec import method
-from ironclip.core.types import AttackResult, Classifier, prediction
+from ironclip.core.types import AttackResult, Classifier
 from ironclip.core.views import base_of
 
 _LAST = {"returned": "last", "policy": "max_loss"}
@@ -116,7 +119,9 @@ class PGD:
         )
         streams = [rng.fold("pgd", i) for i in range(self.restarts)]
         result = climb(clf, x, y, run, self.loss, streams, target)
-        return snapped(result, clf, x, y, self.eps, rng) if self.quantise == "round" else result
+        if self.quantise == "none":
+            return result
+        return snapped(result, clf, x, Objective(self.loss, x, y, target), self.eps, rng)
 
 
 @method
@@ -158,28 +163,21 @@ def climb(
 ) -> AttackResult:
     """Ascent on a classification loss, one restart per stream, merged per sample.
 
-    Falls back to the margin where the loss needs more classes, and for single samples where dlr has no gradient.
-    Raises ValueError for bad images, labels or logits.
+    With ``run.stop`` later restarts see only the images that still hold. Falls back to the margin where the loss needs
+    more classes, and for single samples where dlr has no gradient. Raises ValueError for bad images, labels or logits.
     """
-    check_images(x)
-    k = classes_of(clf, x, streams[0])
-    check_labels(y, x.shape[0], k)
-    name, notes = usable(loss_name, k)
-
-    def loss(z: Tensor, rows: Tensor) -> Tensor:
-        check_logits(z.detach(), len(rows), k)
-        return with_target(name, None if target is None else target[rows])(z, y[rows])
-
-    def fallback(z: Tensor, rows: Tensor) -> Tensor:
-        return UNTARGETED["margin"](z, y[rows])
-
-    def fooled(z: Tensor, rows: Tensor) -> Tensor:
-        return prediction(z) != y[rows]
-
-    other = fallback if name.startswith("dlr") else None
-    results = [ascend(clf, x, loss, fooled, run, stream, other) for stream in streams]
-    merged = merge_restarts(results)
-    return replace(merged, notes=(*notes, *merged.notes))
+    goal = Objective(loss_name, x, y, target)
+    rows, total = torch.arange(x.shape[0], device=x.device), None
+    for stream in streams:
+        if total is not None and run.stop and independent(clf):
+            rows = (~total.success).nonzero().flatten()
+            if rows.numel() == 0:
+                break
+        part = goal if len(rows) == len(y) else goal.subset(rows)
+        new = ascend(clf, x[rows], part, part.fooled, run, stream[rows], part.rescue)
+        total = new if total is None else absorb(total, new, rows)
+    assert total is not None
+    return replace(total, notes=(*goal.notes, *total.notes))
 
 
 def classes_of(clf: Classifier, x: Tensor, rng: SampleRNG) -> int:
@@ -191,18 +189,20 @@ def classes_of(clf: Classifier, x: Tensor, rng: SampleRNG) -> int:
         return int(clf(x[:1], rng[:1]).shape[1])
 
 
-def snapped(result: AttackResult, clf: Classifier, x: Tensor, y: Tensor, eps: Fraction, rng: SampleRNG) -> AttackResult:
+def snapped(
+    result: AttackResult, clf: Classifier, x: Tensor, goal: Objective, eps: Fraction, rng: SampleRNG
+) -> AttackResult:
     """The result on the 8-bit lattice: every pixel at the nearest k/255 that lies inside the ball, judged again.
 
     Never by truncation, which leaves the budget. Raises ValueError where the lattice has no point inside, that is for
     images that are not 8-bit themselves and a budget under 1/510.
     """
-    low = ((x - float(eps)) * 255 - 1e-3).ceil().clamp(min=0)
-    high = ((x + float(eps)) * 255 + 1e-3).floor().clamp(max=255)
+    low = ((x - float(eps)) * 255 - 1e-4).ceil().clamp(min=0)
+    high = ((x + float(eps)) * 255 + 1e-4).floor().clamp(max=255)
     if bool((low > high).any()):
         raise ValueError(f"eps={eps} holds no 8-bit value around some pixels; use quantise=none or eps >= 1/510")
     x_adv = torch.minimum(torch.maximum((result.x_adv * 255).round(), low), high) / 255
-    with torch.no_grad():
-        hit = prediction(clf(x_adv, rng.fold("snapped"))) != y
-    forwards = result.forwards + 1
-    return replace(result, x_adv=x_adv, success=hit, forwards=forwards, notes=(*result.notes, "8-bit re-checked"))
+    rows = torch.arange(x.shape[0], device=x.device)
+    out, loss = value(clf, x_adv, lambda z: goal(z, rows), rng.fold("snapped"))
+    forwards, notes = result.forwards + draws_of(clf), (*result.notes, "8-bit re-checked")
+    return replace(result, x_adv=x_adv, success=goal.fooled(out, rows), loss=loss, forwards=forwards, notes=notes)

@@ -54,7 +54,9 @@ def project(x_adv: Tensor, x: Tensor, eps: float, norm: str = "linf") -> Tensor:
 
     The image space form ``x + clip(x_adv - x)``: the box keeps the ball, since clamping moves no pixel away from x.
     """
-    return (x + project_delta(x_adv - x, eps, norm)).clamp(0.0, 1.0)
+    if norm == "linf":
+        return (x_adv - x).clamp_(-eps, eps).add_(x).clamp_(0.0, 1.0)
+    return (x + project_delta(x_adv - x, eps, norm)).clamp_(0.0, 1.0)
 
 
 def unit_step(grad: Tensor, norm: str = "linf") -> Tensor:
@@ -72,9 +74,9 @@ def unit_step(grad: Tensor, norm: str = "linf") -> Tensor:
 def start_delta(x: Tensor, eps: float, norm: str, kind: str, rng: SampleRNG) -> Tensor:
     """Random perturbation to start from, before the pixel box.
 
-    ``zero``; ``uniform``: linf uniform in the cube, l2 and l1 a random direction times eps * U(0, 1) (what TeCoA, TTC and
-    torchattacks do); ``volume``: uniform in the ball's volume (for linf the cube again), where almost all mass lies at
-    the surface; ``surface``: noise rescaled so that its norm is exactly eps (AutoAttack's start).
+    ``zero``; ``uniform``: linf uniform in the cube, l2 and l1 a random direction times eps * U(0, 1) (what TeCoA, TTC
+    and torchattacks do); ``volume``: uniform in the ball's volume (for linf the cube again), where almost all mass
+    lies at the surface; ``surface``: noise rescaled so that its norm is exactly eps (AutoAttack's start).
     """
     if kind == "zero" or eps == 0:
         return torch.zeros_like(x)

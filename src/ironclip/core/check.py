@@ -50,15 +50,16 @@ def check_images(x: Tensor, size: int | None = None) -> None:
         raise ValueError(f"images must lie in [0, 1], got values from {lo:.3g} to {hi:.3g}; {why}")
 
 
-def check_labels(y: Tensor, b: int, k: int) -> None:
-    """Accept only integer labels (b,) in 0..k-1. Raises ValueError otherwise."""
+def check_labels(y: Tensor, b: int, k: int | None = None, what: str = "labels") -> None:
+    """Accept only integer labels (b,) in 0..k-1; ``k=None`` leaves the range open. Raises ValueError otherwise."""
     if not isinstance(y, Tensor) or y.ndim != 1 or y.shape[0] != b:
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"labels must have shape ({b},), got {got}")
+        raise ValueError(f"{what} must have shape ({b},), got {got}")
     if y.is_floating_point() or y.dtype == torch.bool:
-        raise ValueError(f"labels must be integers, got {y.dtype}; write y.long()")
-    if b and (int(y.min()) < 0 or int(y.max()) >= k):
-        raise ValueError(f"labels must lie in 0..{k - 1} for {k} classes, got {int(y.min())}..{int(y.max())}")
+        raise ValueError(f"{what} must be integers, got {y.dtype}; write y.long()")
+    if b and (int(y.min()) < 0 or (k is not None and int(y.max()) >= k)):
+        top = f"0..{k - 1} for {k} classes" if k is not None else "0..k-1"
+        raise ValueError(f"{what} must lie in {top}, got {int(y.min())}..{int(y.max())}")
 
 
 def check_logits(z: Tensor, b: int, k: int | None = None) -> None:

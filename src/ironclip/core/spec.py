@@ -9,6 +9,8 @@ import ast
 import dataclasses
 import hashlib
 import json
+import keyword
+import math
 import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -31,21 +33,51 @@ def method(cls: T) -> T:
     """
     made: Any = dataclasses.dataclass(frozen=True, repr=False)(cls)
     plain_init = made.__init__
+    known = dataclasses.fields(made)
+    plain = {
+        f.name: str(f.type).removesuffix(" | None") for f in known if str(f.type).removesuffix(" | None") in _PLAIN
+    }
+    may_be_none = {f.name for f in known if str(f.type).endswith(" | None")}
 
-    def __init__(self: Any, *args: Any, preset: str | None = None, **fields: Any) -> None:
+    def init(self: Any, *args: Any, preset: str | None = None, **fields: Any) -> None:
+        for f, value in zip(known, args, strict=False):
+            if f.name in fields:
+                raise ValueError(f"{made.__name__} got {f.name} twice; write {f.name}={_literal(value)} once")
+            fields[f.name] = value
         if preset not in (None, "default"):
             presets: Mapping[str, Mapping[str, Any]] = getattr(made, "PRESETS", {})
             if preset not in presets:
                 raise ValueError(unknown(f"preset of {made.__name__}", str(preset), ["default", *presets]))
-            positional = {f.name for f, _ in zip(dataclasses.fields(made), args, strict=False)}
-            fields = {k: v for k, v in presets[str(preset)].items() if k not in positional} | fields
-        plain_init(self, *args, **fields)
+            fields = dict(presets[str(preset)]) | fields
+        for name, kind in plain.items():
+            if name in fields and not (fields[name] is None and name in may_be_none):
+                fields[name] = _plain(fields[name], kind, name)
+        plain_init(self, *args[len(known) :], **fields)
 
-    __init__.__doc__ = plain_init.__doc__
-    made.__init__ = __init__
+    init.__doc__ = plain_init.__doc__
+    made.__init__ = init
     made.__repr__ = to_text
     out: T = made
     return out
+
+
+_PLAIN = {"int": "an integer", "float": "a number", "bool": "True or False", "str": "a word"}
+
+
+def _plain(value: Any, kind: str, name: str) -> Any:
+    """The value of a field of a plain type: whole numbers for int, any finite number for float. Raises ValueError."""
+    number = isinstance(value, (int, float, Fraction)) and not isinstance(value, bool)
+    match kind:
+        case "int" if number and value == value // 1:
+            return int(value)
+        case "float" if number and math.isfinite(value):
+            return float(value)
+        case "bool" if isinstance(value, bool):
+            return value
+        case "str" if isinstance(value, str):
+            return value
+    example = {"int": "10", "float": "0.5", "bool": "True", "str": "name"}[kind]
+    raise ValueError(f"{name} must be {_PLAIN[kind]}, got {value!r}; write {name}={example}")
 
 
 def to_text(obj: Any) -> str:
@@ -114,7 +146,9 @@ def _value(node: ast.expr, text: str) -> Any:
         case ast.Name(id=word):
             return word
         case ast.UnaryOp(op=ast.USub(), operand=inner):
-            return -_value(inner, text)
+            number = _value(inner, text)
+            if isinstance(number, (int, float, Fraction)) and not isinstance(number, bool):
+                return -number
         case ast.BinOp(left=left, op=ast.Div(), right=right):
             top, bottom = _value(left, text), _value(right, text)
             if isinstance(top, (int, float)) and isinstance(bottom, (int, float)) and bottom != 0:
@@ -130,7 +164,8 @@ def _literal(value: Any) -> str:
     if isinstance(value, tuple):
         return "(" + "".join(f"{_literal(v)}, " for v in value).rstrip(" ") + ")" if value else "()"
     if isinstance(value, str):
-        return value if re.fullmatch(r"[A-Za-z]\w*", value) and value not in ("None", "True", "False") else repr(value)
+        bare = re.fullmatch(r"[A-Za-z]\w*", value, re.ASCII) and not keyword.iskeyword(value)
+        return value if bare else repr(value)
     return repr(value)
 
 

@@ -143,7 +143,7 @@ def detached_cpu(state: State) -> State:
     return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.items()}
 
 
-def prediction(logits: Logits) -> Int[Tensor, b]:
+def prediction(logits: Logits) -> Labels:
     """Class with the highest logit; the lowest index among exactly equal ones."""
     best = logits.max(dim=-1, keepdim=True).values
     return (logits == best).to(torch.uint8).argmax(dim=-1)

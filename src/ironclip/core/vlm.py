@@ -49,8 +49,9 @@ class VLM(nn.Module):
 
     ``image``: module from normalised pixels (b, 3, h, w) to raw features (b, d). ``text``: module or function from ids
     (n, l) to raw features (n, d). ``tokenize``: texts to ids, padded; without it ``text`` takes the texts.
-    ``eot``: ids to the index (n,) of the last token that matters, for trimming: exact where the tower is ``causal``, and with ``causal=False`` left to the tower's mask.
-    ``scale``: the temperature applied to cosines (exp of CLIP's ``logit_scale``). Parameters are frozen on construction.
+    ``eot``: ids to the index (n,) of the last token that matters, for trimming: exact where the tower is ``causal``,
+    and with ``causal=False`` left to the tower's mask. ``scale``: the temperature applied to cosines (exp of CLIP's
+    ``logit_scale``). ``load`` freezes the parameters; ``wrap`` leaves yours as they are.
     """
 
     def __init__(
@@ -130,14 +131,19 @@ class VLM(nn.Module):
 
     def encode_image(self, x: Tensor, normalize: bool = True) -> Tensor:
         """(b, 3, h, w) pixels in [0, 1] to (b, d) float32 features, of unit length unless ``normalize=False``."""
+        features: Tensor = self._through_tower(self.image, x)
+        self._note_images(x.shape[0], features)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def _through_tower(self, tower: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Normalised, in the tower's precision and memory format; the result in float32 where that was lowered."""
         inputs = self.normalize_pixels(x)
-        if self._image_dtype != torch.float32:
+        lowered = self._image_dtype != torch.float32
+        if lowered:
             inputs = inputs.to(self._image_dtype)
         if self.precision != "fp32" or self.facts.get("channels_last"):
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        features: Tensor = self.image(inputs).float() if self._image_dtype != torch.float32 else self.image(inputs)
-        self._note_images(x.shape[0], features)
-        return F.normalize(features, dim=-1) if normalize else features
+        return tower(inputs).float() if lowered else tower(inputs)
 
     def encode_text(self, texts: Sequence[str], batch_size: int = 256, normalize: bool = True) -> Tensor:
         """n texts to (n, d) features, of unit length unless ``normalize=False``. Equal texts are encoded once."""
@@ -216,7 +222,7 @@ class VLM(nn.Module):
         tower = getattr(self.image, "patch_tokens", None)
         if tower is None:
             raise ValueError(f"{self.name} exposes no patch tokens; use an hf:, open_clip: or embedded model")
-        tokens: Tensor = tower(self.normalize_pixels(x))
+        tokens: Tensor = self._through_tower(tower, x)
         self._note_images(x.shape[0], tokens)
         return tokens
 
