@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 
+import torch
+
 from ironclip.core.check import unknown
 from ironclip.core.vlm import VLM
 
@@ -21,6 +23,8 @@ def load(spec: str, *, device: str = "cpu", precision: str = "fp32") -> VLM:
     if backend not in BACKENDS:
         raise ValueError(unknown("model", spec, ["lite", "lite:conse", "tiny", "hf:NAME", "open_clip:NAME"]))
     module, function = BACKENDS[backend].split(":")
-    vlm: VLM = getattr(importlib.import_module(module), function)(rest)
+    build = getattr(importlib.import_module(module), function)
+    with torch.random.fork_rng(devices=[]):  # modules draw initial weights before the real ones replace them
+        vlm: VLM = build(rest)
     vlm = vlm.freeze().to(device)
     return vlm.at_precision(precision)
