@@ -28,8 +28,8 @@ from ironclip.evaluation.cost import cost
 from ironclip.evaluation.probes import probe
 from ironclip.evaluation.recipes import Budget
 from ironclip.evaluation.recipes import budget as budget_named
-from ironclip.evaluation.results import assemble, merged
-from ironclip.evaluation.store import Store
+from ironclip.evaluation.results import NO_COST, assemble, merged
+from ironclip.evaluation.store import Store, StoreError
 from ironclip.models import load
 from ironclip.registry import DEFENSES, build_attack, build_defense
 
@@ -81,6 +81,7 @@ def evaluate(
     gallery: int = 4,
     skip_bad: bool = False,
     merge_duplicates: bool = True,
+    costs: bool = True,
     progress: Progress | None = None,
     command: str = "",
 ) -> dict[str, Any]:
@@ -92,6 +93,7 @@ def evaluate(
     ``adaptive_limit``: the same for the adaptive threat. ``store``: folder of results, reused and resumed; without
     one a temporary folder is used. ``state``: folder of fitted states, ``NAME.safetensors`` per defense.
     ``precision``: of the attack; predictions that count are always fp32. ``budget``: smoke, quick, standard, full.
+    ``costs``: measure milliseconds per image too, where the store has none yet.
 
     Returns the results dictionary of ``evaluation/results.py``. Raises ValueError for bad input before any work begins;
     a cell that fails later is recorded under ``errors``.
@@ -114,6 +116,7 @@ def evaluate(
         gallery=gallery,
         skip_bad=skip_bad,
         merge_duplicates=merge_duplicates,
+        costs=costs,
     )
     return evaluate_jobs([job], store, executor=executor, workers=workers, progress=progress, command=command)
 
@@ -225,7 +228,7 @@ def _block(
     def attempt(block: Block, entry: Entry, threat: str, what: str, make: Callable[[], Cell]) -> None:
         try:
             done.append((make(), entry, block))
-        except (KeyboardInterrupt, SystemExit, OSError):
+        except (StoreError, OSError):
             raise
         except Exception as err:
             c = cell(block, entry, threat, what=what)
@@ -246,7 +249,7 @@ def _block(
         for a in attacks:
             if "static" in job.threat:
                 attempt(whole, e, "static", full_text(a), lambda e=e, a=a: run_static(whole, e, a))  # type: ignore[misc]
-            if "graybox" in job.threat and hasattr(e.defense, "weights"):
+            if "graybox" in job.threat and hasattr(e.defense, "fitted"):
                 attempt(whole, e, "graybox", full_text(a), lambda e=e, a=a: run_static(whole, e, a, "graybox"))  # type: ignore[misc]
         for eps, norm in budgets:
             same = [a for a in attacks if (a.eps, getattr(a, "norm", "linf")) == (eps, norm)]  # type: ignore[attr-defined]
@@ -270,7 +273,7 @@ def _table(
     ids, costs, shown = {}, {}, []
     for c, entry, block in done:
         ids[c.digest] = list(block.data.ids)
-        costs[c.digest] = cost(block, entry) if job.costs else {}
+        costs[c.digest] = cost(block, entry) if job.costs else NO_COST
         shown += pictures.collect(block, c.digest)
         if c.key["threat"] == "adaptive":
             probe(block, entry, c.digest, Fraction(c.key["eps"]), c.key["norm"])

@@ -16,9 +16,9 @@ store at worst do the same batch twice.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -89,7 +89,7 @@ class Store:
         for file in ([done] if done.exists() else []) + files:
             try:
                 table = pq.read_table(file, memory_map=False)
-            except FileNotFoundError:
+            except FileNotFoundError:  # another run merged the parts meanwhile
                 return self.rows(digest)
             except (pa.ArrowInvalid, OSError) as err:
                 raise StoreError(f"{file} is damaged ({err}); delete it and run the command again") from err
@@ -111,7 +111,10 @@ class Store:
         files = sorted((self.root / "cells" / f"{digest}.parts").glob("[!.]*.parquet"))
         sums: dict[str, float] = dict(self.footer(digest).get("tally", {}))
         for file in files:
-            meta = pq.read_schema(file).metadata or {}
+            try:
+                meta = pq.read_schema(file).metadata or {}
+            except FileNotFoundError:  # another run merged the parts meanwhile
+                return self.tally(digest)
             for key, value in json.loads(meta.get(b"tally", b"{}")).items():
                 sums[key] = sums.get(key, 0) + value
         return sums
@@ -138,8 +141,8 @@ class Store:
         write_atomic(self.cell_path(digest), lambda p: pq.write_table(table, p, compression="zstd"))
         for file in merged:
             file.unlink(missing_ok=True)
-        if parts.exists() and not any(parts.iterdir()):
-            shutil.rmtree(parts, ignore_errors=True)
+        with contextlib.suppress(OSError):  # gone already, or another run has just added to it
+            parts.rmdir()
         (self.root / "cells" / f"{digest}.error.json").unlink(missing_ok=True)
 
     def fail(self, digest: str, cell: dict[str, Any], error: str, traceback: str) -> None:

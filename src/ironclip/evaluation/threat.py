@@ -26,9 +26,9 @@ def composition(defense: Defense, threat: str = "adaptive") -> list[Member]:
 def fitted(info: Info, defense: Any, clf: ZeroShot, state: State | None) -> ZeroShot:
     """The undefended classifier with the defense's trained parts: what a graybox attacker holds.
 
-    A defense that changes weights offers ``weights(clf, state) -> ZeroShot``; every other one leaves the model as it is.
+    A defense that trains weights or prompts offers ``fitted(clf, state) -> ZeroShot``; others leave the model as it is.
     """
-    make: Callable[[ZeroShot, State | None], ZeroShot] | None = getattr(defense, "weights", None)
+    make: Callable[[ZeroShot, State | None], ZeroShot] | None = getattr(defense, "fitted", None)
     return make(clf, state) if make is not None else clf
 
 
