@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+from ironclip.data import hub
+from ironclip.data.named import tv_folder
 from ironclip.data.photos import photos_folder
 from ironclip.data.roots import data_root
 from ironclip.data.scenes import class_names
+from ironclip.data.survey import SETS, NamedSet, how_to_get
 from ironclip.data.types import DataInfo
 
 
 def known_data() -> list[DataInfo]:
     """Every data set that `load_data` can open, whether it is on this machine, and how to get it."""
+    return [*_built_in(), *(_named(row) for row in SETS.values())]
+
+
+def _named(row: NamedSet) -> DataInfo:
+    return DataInfo(
+        name=row.name,
+        title=row.title,
+        kind="survey" if row.survey else "named",
+        classes=row.classes,
+        traps=row.traps,
+        licence=row.licence,
+        available=tv_folder(row, None) is not None or hub.cached(row) is not None,
+        how_to_get=how_to_get(row),
+    )
+
+
+def _built_in() -> list[DataInfo]:
     return [
         DataInfo(
             name="photos",

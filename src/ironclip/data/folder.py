@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from ironclip.data.imageset import ImageSet
-from ironclip.data.manifest import open_set
+from ironclip.data.manifest import Options, open_set
 from ironclip.data.prompts import choose_prompts, known_names
 from ironclip.data.roots import data_root, nearest_folder
 from ironclip.data.sources import Files
@@ -45,13 +45,12 @@ class LabelSpace:
     source: str
 
 
-def load_folder(
-    path: str, size: int, *, prompts: str | None, skip_bad: bool, root: Path | None, recipe: str | None
-) -> ImageSet:
-    """Open `folder:PATH`. Raises FileNotFoundError for a missing path, ValueError for a layout or images it
-    refuses.
+def load_folder(path: str, options: Options) -> ImageSet:
+    """Open `folder:PATH`.
+
+    Raises FileNotFoundError for a missing path, ValueError for a layout or images that it refuses.
     """
-    base, name = resolve(path, root)
+    base, name = resolve(path, options.root)
     folders, stray = _class_folders(base)
     space = label_space(base, folders)
     paths: list[str] = []
@@ -65,9 +64,9 @@ def load_folder(
         labels += [space.label[folder]] * len(inside)
     if not paths:
         raise ValueError(f"{name}: no image in its {len(folders)} class folders")
-    chosen = choose_prompts(prompts, set_behind(name), space.names, default="generic")
+    chosen = choose_prompts(options.prompts, set_behind(name), space.names, default="generic")
     source = Files(base, tuple(paths))
-    return open_set(name, source, labels, chosen, size, recipe=recipe, skip_bad=skip_bad, bad=bad)
+    return open_set(name, source, labels, chosen, options, bad=bad)
 
 
 def set_behind(name: str) -> str:

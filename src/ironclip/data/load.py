@@ -6,9 +6,11 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from ironclip.data.imageset import ImageSet
+from ironclip.data.manifest import Options
 from ironclip.data.preprocess import KINDS, check_preprocessing
+from ironclip.data.survey import SETS
 
-FORMS = ("photos", "shapes", "folder:PATH")
+FORMS = ("photos", "shapes", "folder:PATH", "tv:NAME", "hub:NAME", *SETS)
 
 
 def load_data(
@@ -39,12 +41,14 @@ def load_data(
     kind, _, rest = spec.strip().partition(":")
     if recipe is not None and recipe not in KINDS[:2]:
         raise ValueError(f"recipe must be clip or ttc, got {recipe!r}")
+    options = Options(size, prompts, split, skip_bad, root, recipe)
     data: ImageSet
     if kind == "photos" and not rest:
         from ironclip.data.photos import load_photos
 
-        _no_split(spec, split)
-        data = load_photos(size, prompts=prompts, recipe=recipe)
+        if split:
+            raise ValueError(f"photos has no splits, got split={split!r}")
+        data = load_photos(options)
     elif kind == "shapes":
         from ironclip.data.shapes import load_shapes
 
@@ -52,12 +56,15 @@ def load_data(
             raise ValueError(f"{spec} and split={split!r} name two splits; give one")
         if recipe is not None:
             raise ValueError("shapes is drawn at the wanted size; leave recipe out")
-        data = load_shapes(rest or split or "test", size, prompts=prompts)
+        data = load_shapes(rest or split or "test", options)
     elif kind == "folder":
         from ironclip.data.folder import load_folder
 
-        path = f"{rest}/{split}" if split else rest
-        data = load_folder(path, size, prompts=prompts, skip_bad=skip_bad, root=root, recipe=recipe)
+        data = load_folder(f"{rest}/{split}" if split else rest, options)
+    elif kind in ("tv", "hub") or kind in SETS:
+        from ironclip.data.named import load_named
+
+        data = load_named(kind, rest, options) if kind in ("tv", "hub") else load_named("", spec.strip(), options)
     else:
         raise ValueError(_unknown(spec))
     if data.recipe != "none":
@@ -65,13 +72,8 @@ def load_data(
     return data.subset(limit, seed)
 
 
-def _no_split(spec: str, split: str | None) -> None:
-    if split:
-        raise ValueError(f"{spec} has no splits, got split={split!r}")
-
-
 def _unknown(spec: str) -> str:
-    near = get_close_matches(spec.strip().lower(), [f.partition(":")[0] for f in FORMS], n=1)
+    near = get_close_matches(spec.strip().lower(), ["photos", "shapes", "folder", *SETS], n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     if Path(spec).expanduser().is_dir():
         hint = f"to read that folder write folder:{spec}; "

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
@@ -20,48 +21,59 @@ _SHOWN = 10
 Bad = tuple[str, str]  # path, reason
 
 
+@dataclass(frozen=True)
+class Options:
+    """What the caller of `load_data` asked for beside the spec; see there."""
+
+    size: int = 224
+    prompts: str | None = None
+    split: str | None = None
+    skip_bad: bool = False
+    root: Path | None = None
+    recipe: str | None = None
+
+
 def open_set(
     name: str,
     source: Source,
-    labels: Sequence[int],
+    labels: Sequence[int | None],
     prompts: Prompts,
-    size: int,
+    options: Options,
     *,
-    recipe: str | None,
     origin: str = "",
-    skip_bad: bool = False,
     bad: Sequence[Bad] = (),
 ) -> ImageSet:
-    """Hash, refuse or skip bad images, and build the set. `recipe`: a kind, None for that of the prompts.
+    """Hash, refuse or skip bad images, and build the set. Rows with the label None are left out.
 
     `origin` ("tv-test") becomes part of the recipe id: the same preprocessing of another split is another recipe.
     `bad`: problems that the caller found already. Raises ValueError naming up to ten bad files.
     """
     hashes, found = hash_images(source)
     every = [*bad, *found]
-    if every and not skip_bad:
+    if every and not options.skip_bad:
         lines = "".join(f"\n  {path}: {reason}" for path, reason in every[:_SHOWN])
         more = f"\n  ... and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
         count = "1 bad file" if len(every) == 1 else f"{len(every)} bad files"
         raise ValueError(f"{name} has {count}:{lines}{more}\nrepair or remove them, or leave them out with --skip-bad")
-    keep = [i for i, digest in enumerate(hashes) if digest]
-    if not keep:
+    usable = [i for i, digest in enumerate(hashes) if digest]
+    if not usable:
         first = f"; the first is {every[0][0]}: {every[0][1]}" if every else ""
         raise ValueError(f"{name}: none of its {len(hashes)} files is usable{first}")
     names, place = merged(prompts)
-    y = [place[label] for label in labels]
-    used = recipe_id(recipe or prompts.preprocessing, size)
+    y = {i: place[label] for i in usable if (label := labels[i]) is not None}
+    rows = list(y)
+    used = recipe_id(options.recipe or prompts.preprocessing, options.size)
     return ImageSet(
         name=name,
         class_names=names,
         templates=prompts.templates,
         prompt_set=prompts.id,
         recipe=f"{used}/{origin}" if origin else used,
-        size=size,
-        labels=[y[i] for i in keep],
-        ids=[sample_id(hashes[i], source.paths[i], y[i]) for i in keep],
+        size=options.size,
+        labels=[y[i] for i in rows],
+        ids=[sample_id(hashes[i], source.paths[i], y[i]) for i in rows],
         read=SourceReader(source, used),
-        rows=keep,
+        rows=rows,
         skipped=len(every),
     )
 

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ironclip.data.imageset import ImageSet
-from ironclip.data.manifest import open_set
+from ironclip.data.manifest import Options, open_set
 from ironclip.data.prompts import choose_prompts, default_names
 from ironclip.data.sources import Files
 
@@ -28,7 +28,7 @@ def photos_folder() -> Path | None:
     return next((p for p in places if p.is_dir()), None)
 
 
-def load_photos(size: int, *, prompts: str | None, recipe: str | None) -> ImageSet:
+def load_photos(options: Options) -> ImageSet:
     """Open `photos`. Raises ImportError without foolbox, ValueError for other files than the known."""
     base = photos_folder()
     if base is None:
@@ -42,8 +42,8 @@ def load_photos(size: int, *, prompts: str | None, recipe: str | None) -> ImageS
             f"expected {FILES_SHA256[:16]}); reinstall with pip install --force-reinstall foolbox==3.3.4"
         )
     labels = [int(match[2]) for p in paths if (match := found[p])]
-    chosen = choose_prompts(prompts, "imagenet", default_names("imagenet"), default="generic")
-    return open_set("photos", Files(base, tuple(paths)), labels, chosen, size, recipe=recipe)
+    chosen = choose_prompts(options.prompts, "imagenet", default_names("imagenet"), default="generic")
+    return open_set("photos", Files(base, tuple(paths)), labels, chosen, options)
 
 
 def files_digest(base: Path, paths: list[str]) -> str:

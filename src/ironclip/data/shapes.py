@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ironclip.data.imageset import ImageSet, sample_id
+from ironclip.data.manifest import Options
 from ironclip.data.prompts import choose_prompts
 from ironclip.data.scenes import (
     BACKGROUNDS,
@@ -236,10 +237,10 @@ class ShapesSet(ImageSet):
         return draws(row, self.split, generators(row, self.split, 0))
 
 
-def load_shapes(split: str, size: int, *, prompts: str | None) -> ShapesSet:
+def load_shapes(split: str, options: Options) -> ShapesSet:
     """Open `shapes:SPLIT`. The hash in an id is that of the recipe line, from which the pixels follow."""
     total = split_of(split).length
-    chosen = choose_prompts(prompts, "shapes", class_names(), default="generic")
+    chosen = choose_prompts(options.prompts, "shapes", class_names(), default="generic")
     rows = list(range(total))
     y = labels(rows, split)
     lines = [f"{VERSION}:{split}:0:{i}" for i in rows]
@@ -249,13 +250,13 @@ def load_shapes(split: str, size: int, *, prompts: str | None) -> ShapesSet:
         templates=chosen.templates,
         prompt_set=chosen.id,
         recipe="none",
-        size=size,
+        size=options.size,
         labels=y,
         ids=[
             sample_id(sha256(line.encode()).hexdigest(), f"{split}/{i:06d}", y[i])
             for i, line in zip(rows, lines, strict=True)
         ],
-        read=ShapesReader(split, size),
+        read=ShapesReader(split, options.size),
         rows=rows,
         split=split,
         held_out=tuple(held_out_names()),

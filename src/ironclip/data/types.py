@@ -58,7 +58,7 @@ class DataInfo:
 
     name: str
     title: str
-    kind: str  # embedded, procedural, folder or survey
+    kind: str  # embedded, procedural, folder, survey (one of its nine) or named
     classes: int | None  # None: depends on the folder
     traps: str
     licence: str

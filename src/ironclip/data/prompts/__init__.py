@@ -87,15 +87,20 @@ def prompt_set(name: str, dataset: str) -> tuple[list[str], list[str] | None]:
     """
     record, key = _record(name, dataset)
     found = _variant(record, dataset)
-    names = None if found is None else [_styled(n, record, key) for n in class_list(dataset)["names"][found]]
+    names = (
+        None if found in (None, "own") else [_styled(n, record, key) for n in class_list(dataset)["names"][str(found)]]
+    )
     return list(record["templates"][key]), names
 
 
-def choose_prompts(prompts: str | None, dataset: str, own: Sequence[str], *, default: str) -> Prompts:
+def choose_prompts(
+    prompts: str | None, dataset: str, own: Sequence[str], *, default: str, spelled: Sequence[str] = ()
+) -> Prompts:
     """The prompts of an open data set: `prompts` is a set id, a template containing "{}", or None for `default`.
 
     `own`: class names as the data set brings them, in label order. They are joined to the shipped list by name; if
-    one is not in it, or no list is shipped for `dataset`, all of them are kept.
+    one is not in it, or no list is shipped for `dataset`, all of them are kept. `spelled`: the same classes letter
+    for letter as the files of the set have them, for prompt sets that want that (`own` in the list).
     """
     if prompts is not None and "{" in prompts:
         check_templates([prompts])
@@ -103,11 +108,15 @@ def choose_prompts(prompts: str | None, dataset: str, own: Sequence[str], *, def
     record, key = _record(default if prompts is None else prompts, dataset)
     found = _variant(record, dataset)
     names = list(own)
-    if found is not None:
+    if found == "own":
+        names = list(spelled or own)
+    elif found is not None:
+        shipped = class_list(dataset)
         place = match_classes(own, dataset)
-        wanted = class_list(dataset)["names"][found]
-        if None not in place:
-            names = [wanted[i] for i in place if i is not None]
+        strange = {n for n, i in zip(own, place, strict=True) if i is None}
+        if strange <= set(shipped.get("extra", {}).values()):
+            wanted = shipped["names"][found]
+            names = [n if i is None else wanted[i] for n, i in zip(own, place, strict=True)]
     names = [_styled(n, record, key) for n in names]
     return Prompts(
         record["id"], list(record["templates"][key]), names, record["preprocessing"], record.get("merge", False)
@@ -117,20 +126,24 @@ def choose_prompts(prompts: str | None, dataset: str, own: Sequence[str], *, def
 def match_classes(own: Sequence[str], dataset: str) -> list[int | None]:
     """Label of each name in the shipped list of `dataset`, None where it is not in it.
 
-    Case and punctuation do not count. A name may be a key or from any variant; one that a variant gives to two
-    classes matches neither, unless `own` is that whole variant in order.
+    Case and punctuation do not count, nor does the order of words where that leaves no doubt ("outdoor tent"). A
+    name may be a key or from any variant; one that a variant gives to two classes matches neither, unless `own` is
+    that whole variant in order.
     """
     record = class_list(dataset)
     lists = [record["keys"], *record["names"].values()]
     plain = [_plain(o) for o in own]
     if any(plain == [_plain(n) for n in names] for names in lists):
         return list(range(len(own)))
-    place: dict[str, int] = {}
+    exact: dict[str, int] = {}
+    shuffled: dict[str, int] = {}
     for names in reversed(lists):  # keys last, so that they win
-        forms = [_plain(n) for n in names]
-        often = Counter(forms)
-        place.update({f: i for i, f in enumerate(forms) if often[f] == 1})
-    return [place.get(p) for p in plain]
+        for place, forms in ((exact, [_plain(n) for n in names]), (shuffled, [_words(n) for n in names])):
+            often = Counter(forms)
+            place.update({f: i for i, f in enumerate(forms) if often[f] == 1})
+    for name, key in record.get("alias", {}).items():
+        exact[_plain(name)] = record["keys"].index(key)
+    return [exact.get(p, shuffled.get(_words(p))) for p in plain]
 
 
 def _record(name: str, dataset: str) -> tuple[dict, str]:
@@ -143,13 +156,13 @@ def _record(name: str, dataset: str) -> tuple[dict, str]:
 
 
 def _variant(record: dict, dataset: str) -> str | None:
-    """The name list that the prompt set takes for a data set; None: the data set's own names."""
+    """The name list that the prompt set takes; "own": as the files spell them; None: those the caller has."""
     if dataset not in known_names():
         return None
     shipped = class_list(dataset)
     for variant in record["names"]:
         if variant in shipped.get("own", ()):
-            return None
+            return "own"
         if variant in shipped["names"]:
             return variant
     return None
@@ -157,6 +170,10 @@ def _variant(record: dict, dataset: str) -> str | None:
 
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", " ", name.lower().replace("'", "")).strip()
+
+
+def _words(name: str) -> str:
+    return " ".join(sorted(_plain(name).split()))
 
 
 def _styled(name: str, record: dict, key: str) -> str:
