@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from ironclip.data.audit import Finding, audit
 from ironclip.data.catalogue import known_data
 from ironclip.data.load import load_data
 from ironclip.data.prompts import prompt_set
 from ironclip.data.roots import data_root
 from ironclip.data.types import DataInfo, Dataset, Sample
 
-__all__ = ["DataInfo", "Dataset", "Path", "Sample", "data_root", "known_data", "load_data", "prompt_set"]
+__all__ = [
+    "DataInfo",
+    "Dataset",
+    "Finding",
+    "Sample",
+    "audit",
+    "data_root",
+    "known_data",
+    "load_data",
+    "prompt_set",
+]

@@ -4,7 +4,7 @@
 only the data sets it lists); `names`, the name lists it wants, best first; `lower` and `spaces` (marks that become
 blanks), which apply to names under the default templates; `merge`: classes of equal name become one.
 `names/SET.json`: the classes of a named data set: `keys` as its own files spell them, in label order, and `names`
-lists by variant; `own` lists variants that take the names from disk. Nothing is built from a directory listing.
+lists by variant; `own` names the prompt sets that take the names from disk. Nothing is built from a directory listing.
 """
 
 from __future__ import annotations
@@ -65,6 +65,11 @@ def _set(name: str) -> dict:
     return _load("sets", name)
 
 
+def merges(name: str) -> bool:
+    """Whether classes of equal name become one under prompt set `name`."""
+    return bool(_set(name).get("merge", False))
+
+
 def class_list(dataset: str) -> dict:
     """The shipped record of a named data set: `keys`, `names` and what its file says beside them."""
     if dataset not in known_names():
@@ -118,9 +123,7 @@ def choose_prompts(
             wanted = shipped["names"][found]
             names = [n if i is None else wanted[i] for n, i in zip(own, place, strict=True)]
     names = [_styled(n, record, key) for n in names]
-    return Prompts(
-        record["id"], list(record["templates"][key]), names, record["preprocessing"], record.get("merge", False)
-    )
+    return Prompts(record["id"], list(record["templates"][key]), names, record["preprocessing"], merges(record["id"]))
 
 
 def match_classes(own: Sequence[str], dataset: str) -> list[int | None]:
@@ -160,12 +163,9 @@ def _variant(record: dict, dataset: str) -> str | None:
     if dataset not in known_names():
         return None
     shipped = class_list(dataset)
-    for variant in record["names"]:
-        if variant in shipped.get("own", ()):
-            return "own"
-        if variant in shipped["names"]:
-            return variant
-    return None
+    if record["id"] in shipped.get("own", ()):
+        return "own"
+    return next((v for v in record["names"] if v in shipped["names"]), None)
 
 
 def _plain(name: str) -> str:
