@@ -15,6 +15,9 @@ ATTACKS: dict[str, str] = {
     "fgsm": "ironclip.attacks.pgd:FGSM",
     "pgd": "ironclip.attacks.pgd:PGD",
     "feature_pgd": "ironclip.attacks.feature:FeaturePGD",
+    "random": "ironclip.attacks.random:RandomPoints",
+    "apgd": "ironclip.attacks.apgd:APGD",
+    "apgd_t": "ironclip.attacks.apgd:APGDT",
 }
 
 ATTACK_PRESETS: dict[str, tuple[str, str]] = {

@@ -33,6 +33,10 @@ TABLE = [
     "FeaturePGD(eps=2/255, steps=3, loss=feat_cos, momentum=0.9, returned=last)",
     "FeaturePGD(eps=1/4, steps=3, norm=l2)",
     "RandomPoints(eps=2/255, points=3)",
+    "APGD(eps=2/255, steps=5)",
+    "APGD(eps=1/4, norm=l2, loss=dlr, steps=5, restarts=2, policy=first_success)",
+    "APGDT(eps=2/255, steps=3, targets=2)",
+    "APGDT(eps=1/4, norm=l2, steps=3, targets=3, policy=first_success, loss=ce_t)",
     "table2-pgd10",
     "fare-train",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ironclip.attacks._objective import RowLoss
-from ironclip.attacks._tally import Tally, gradient, independent, spread, value
+from ironclip.attacks._tally import Tally, gradient, independent, mixed, spread, value
 from ironclip.core.ball import norms, project, start_delta, unit_step
 from ironclip.core.grad import Fn, draws_of
 from ironclip.core.rng import SampleRNG
@@ -86,19 +86,12 @@ def ascend(
             if rows.numel() == 0:
                 break
     if rows.numel():
-        final = _mixed(loss, fallback, rows, swapped)
+        final = mixed(loss, fallback, rows, swapped)
         out, last = value(clf if judge is None else judge, at, final, noise.at(run.steps))
         tally.spend(rows, draws if judge is None else draws_of(judge))
         tally.offer(rows, at, last, fooled(out, rows), run.steps)
     notes = ("zero gradients: margin used on some samples",) if bool(swapped.any()) else ()
     return tally.result(trace if run.trace else None, notes)
-
-
-def _mixed(loss: RowLoss, fallback: RowLoss | None, rows: Tensor, swapped: Tensor) -> Callable[[Tensor], Tensor]:
-    if fallback is None or not bool(swapped[rows].any()):
-        return lambda out: loss(out, rows)
-    other = fallback
-    return lambda out: torch.where(swapped[rows], other(out, rows), loss(out, rows))
 
 
 def _push(velocity: Tensor, grad: Tensor, run: Ascent) -> Tensor:

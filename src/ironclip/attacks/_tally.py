@@ -110,6 +110,14 @@ def value(clf: Fn, x: Tensor, loss: Callable[[Tensor], Tensor], rng: SampleRNG) 
     return torch.stack(outs).mean(0), torch.stack(losses).mean(0)
 
 
+def mixed(loss: RowLoss, rescue: RowLoss | None, rows: Tensor, swapped: Tensor) -> Callable[[Tensor], Tensor]:
+    """The loss of some rows: ``rescue`` where it was ``swapped`` in, (b,)."""
+    if rescue is None or not bool(swapped[rows].any()):
+        return lambda out: loss(out, rows)
+    other, where = rescue, swapped[rows]
+    return lambda out: torch.where(where, other(out, rows), loss(out, rows))
+
+
 def gradient(
     clf: Fn,
     x: Tensor,
@@ -125,17 +133,10 @@ def gradient(
     ``swapped`` (b,) marks the images whose loss was replaced and is updated. Also returns which rows (n,) were swapped
     in this call. Costs are counted in ``tally``.
     """
-    draws = draws_of(clf)
-    before = swapped[rows] if rescue is not None else None
-
-    def mixed(out: Tensor) -> Tensor:
-        if rescue is None or before is None or not bool(before.any()):
-            return loss(out, rows)
-        return torch.where(before, rescue(out, rows), loss(out, rows))
-
-    g = loss_and_grad(clf, x, mixed, rng)
+    draws, before = draws_of(clf), swapped[rows]
+    g = loss_and_grad(clf, x, mixed(loss, rescue, rows, swapped), rng)
     tally.spend(rows, draws, draws)
-    if rescue is not None and before is not None:
+    if rescue is not None:
         dead = ~g.grad.flatten(1).any(dim=1) & ~before
         if bool(dead.any()):
             tally.zero_grad[rows[dead]] = True
