@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from ironclip.data import known_data, load_data
-from ironclip.data.layouts import LAYOUTS
+from ironclip.data.named import LAYOUTS
 from ironclip.data.prompts import class_list
 from ironclip.data.survey import SETS
 

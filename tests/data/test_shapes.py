@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ironclip.data import load_data
+from ironclip.data.drawing import distance, draw
 from ironclip.data.scenes import (
     COLOURS,
     COMBINATIONS,
@@ -20,7 +21,7 @@ from ironclip.data.scenes import (
     generators,
     held_out_names,
 )
-from ironclip.data.shapes import _CHUNK, draw, render
+from ironclip.data.shapes import _CHUNK, render
 
 
 def test_an_image_does_not_depend_on_its_batch_or_order() -> None:
@@ -103,11 +104,9 @@ def test_every_shape_covers_a_similar_area_and_stays_inside() -> None:
     d = draws(indices, "test", generators(indices, "test", 0))
     assert (np.abs(d.x) + d.radius < 1).all()
     assert (np.abs(d.y) + d.radius < 1).all()
-    from ironclip.data.shapes import _distance
-
     axis = (np.arange(200) + 0.5) / 80 - 1.25
     u, v = (t.astype(np.float32)[None] for t in np.meshgrid(axis, axis))
-    area = {s: float((_distance(s, u, v) < 0).mean() * 2.5**2) for s in SHAPES}
+    area = {s: float((distance(s, u, v) < 0).mean() * 2.5**2) for s in SHAPES}
     assert area["circle"] == pytest.approx(np.pi * 0.85**2, rel=0.02)
     assert area["square"] == pytest.approx(4 * 0.78**2, rel=0.02)
     assert area["ring"] == pytest.approx(np.pi * (0.96**2 - 0.52**2), rel=0.02)
@@ -119,15 +118,13 @@ def test_every_shape_covers_a_similar_area_and_stays_inside() -> None:
 
 def test_star_has_five_points() -> None:
     """Crossings of a circle between inner and outer radius: ten changes of sign."""
-    from ironclip.data.shapes import _distance
-
     angle = np.linspace(0, 2 * np.pi, 3601, dtype=np.float32)
-    inside = _distance("star", 0.75 * np.cos(angle), 0.75 * np.sin(angle)) < 0
+    inside = distance("star", 0.75 * np.cos(angle), 0.75 * np.sin(angle)) < 0
     assert int((inside[1:] != inside[:-1]).sum()) == 10
     assert (
-        _distance("star", np.float32([0]), np.float32([-1.0]))[0]
+        distance("star", np.float32([0]), np.float32([-1.0]))[0]
         < 0
-        < _distance("star", np.float32([0]), np.float32([1.0]))[0]
+        < distance("star", np.float32([0]), np.float32([1.0]))[0]
     )
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from ironclip.data import hub
+from ironclip.data import hub, layouts, layouts_raw
 from ironclip.data.folder import SAMPLES
 from ironclip.data.imageset import ImageSet
-from ironclip.data.layouts import LAYOUTS, Listing, coop
+from ironclip.data.layouts import Listing, coop
 from ironclip.data.manifest import Options, open_set
 from ironclip.data.prompts import choose_prompts, class_list, default_names, known_names, match_classes
 from ironclip.data.roots import data_root, nearest_folder
-from ironclip.data.survey import NamedSet, how_to_get, named_set
+from ironclip.data.survey import SETS, NamedSet, how_to_get, named_set
 
+LAYOUTS: dict[str, Callable[[Path, str], Listing]] = {
+    name: getattr(layouts_raw if hasattr(layouts_raw, name) else layouts, name) for name in SETS
+}
 _COOP_IMAGES = {  # where the paths of a CoOp split file start, below the set's folder
     "pets": "images",
     "flowers102": "jpg",
