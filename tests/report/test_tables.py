@@ -10,6 +10,7 @@ import pytest
 from report_factory import defended, results, row, worst
 from rich.console import Console
 
+from ironclip.evaluation.suspicion import FATAL
 from ironclip.report import flags, tables
 from ironclip.report.lines import Score
 from ironclip.report.summary import blocks, eps_value
@@ -156,6 +157,7 @@ def test_two_settings_of_one_defense_are_two_lines() -> None:
         part["worst"][0]["defense_spec"] = part["rows"][0]["defense_spec"]
     lines = blocks(results(*parts))[0].lines
     assert [(s.spec, s.adaptive.value) for s in lines] == [("TTC(steps=5)", 24.0), ("TTC(steps=2)", 20.0)]
+    assert [s.title for s in lines] == [s.spec for s in lines]
 
 
 def test_mean_over_sets_is_of_the_defenses_that_have_all() -> None:
@@ -172,6 +174,15 @@ def test_mean_over_sets_is_of_the_defenses_that_have_all() -> None:
     assert line.harmonic.value == pytest.approx(20.0)  # mean of 40 and 0, not the H of 80 and 15
     assert line.adaptive.lo is not None
     assert line.adaptive.lo < 15 < line.adaptive.hi  # type: ignore[operator]
+
+
+def test_bootstrap_interval_of_the_mean_is_used_where_it_is_known() -> None:
+    parts = [defended("ttc", 60.0, 40.0, r, data=d) for r, d in ((10.0, "photos"), (20.0, "shapes"))]
+    entry = {"vlm": "lite", "eps": "1/255", "norm": "linf", "robust_lo": 11.5, "robust_hi": 18.5, "sets": 2}
+    same = {**entry, "defense_spec": "TTC()", "robust": 15.0}
+    assert blocks(results(*parts, macro=[same]))[0].lines[0].adaptive == Score(15.0, 11.5, 18.5)
+    for other in ({"robust": 16.0}, {"defense_spec": "TTC(steps=3)"}, {"eps": "4/255"}, {"norm": "l2"}):
+        assert blocks(results(*parts, macro=[{**same, **other}]))[0].lines[0].adaptive.lo != 11.5
 
 
 def test_mean_with_an_unreliable_or_missing_part_is_no_number() -> None:
@@ -270,9 +281,16 @@ def test_csv_comes_back_as_it_went() -> None:
     assert set(back[0]) == {*rows[1]}
 
 
+def test_csv_names_members_only() -> None:
+    found = results(
+        {"rows": [row("ttc", members=[{"name": "through-ce", "ran": 3}, {"name": "bpda", "ran": 1}])], "worst": []}
+    )
+    assert next(csv.DictReader(io.StringIO(tables.csv(found))))["members"] == "through-ce;bpda"
+
+
 def test_every_flag_is_explained_and_four_are_fatal() -> None:
     assert list(flags.FLAGS) == MEMBERS
-    assert {"zero-grad", "bb-beats-wb", "steps-hurt", "budget"} == flags.FATAL
+    assert FATAL == flags.FATAL == {"zero-grad", "bb-beats-wb", "steps-hurt", "budget"}
     assert all(f.meaning.endswith(".") and f.todo.endswith(".") for f in flags.FLAGS.values())
     assert [n for n, _ in flags.explain(["tie", "new-flag", "zero-grad"])] == ["zero-grad", "tie", "new-flag"]
 

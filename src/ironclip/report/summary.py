@@ -1,13 +1,15 @@
 """One dictionary of results -> blocks of table lines, which the terminal, Markdown, LaTeX, HTML and the charts share.
 
 The dictionary (format 1) has ``rows`` (one per defense, threat model and attack), ``worst`` (R*, the per-sample worst
-case), ``pairs``, ``errors``, ``gallery`` and ``notes``; ``ironclip bench --json`` prints it. Accuracies are percent.
+case), ``pairs``, ``macro``, ``errors``, ``gallery`` and ``notes``; ``ironclip bench --json`` prints
+it. Accuracies are percent.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any, TypeAlias
 
@@ -17,7 +19,7 @@ from ironclip.report.means import means as means_over_sets
 
 Results: TypeAlias = Mapping[str, Any]
 FORMAT = 1
-LISTS = ("rows", "worst", "pairs", "errors", "gallery", "notes")
+LISTS = ("rows", "worst", "pairs", "macro", "errors", "gallery", "notes")
 
 
 def check(results: Results) -> dict[str, Any]:
@@ -49,9 +51,14 @@ def blocks(results: Results, order: Order = "R*", means: bool = True) -> list[Bl
         key = (str(row["vlm"]), str(row["data"]), str(row.get("eps") or "-"), str(row.get("norm") or "linf"), extra)
         groups.setdefault(key, []).append(row)
     made = [_block(key, rows, full, order) for key, rows in groups.items()]
+    specs: dict[str, set[str]] = {}
+    for s in (s for b in made for s in b.lines):
+        specs.setdefault(s.title, set()).add(s.spec)
+    for b in made:  # several settings of one defense go by their specs
+        b.lines[:] = [replace(s, title=s.spec) if len(specs[s.title]) > 1 else s for s in b.lines]
     place = {v: i for i, v in enumerate(dict.fromkeys((b.vlm, b.data) for b in made))}
     made.sort(key=lambda b: (place[b.vlm, b.data], b.norm, eps_value(b.eps), b.extra))
-    return [*(means_over_sets(made, order) if means else []), *made]
+    return [*(means_over_sets(made, full["macro"], order) if means else []), *made]
 
 
 def eps_value(eps: str) -> float:
@@ -60,6 +67,12 @@ def eps_value(eps: str) -> float:
         return float(Fraction(eps))
     except (ValueError, ZeroDivisionError):
         return math.inf
+
+
+def budget_text(row: Mapping[str, Any]) -> str:
+    """``4/255``, with the norm where it is not l_inf; empty without a budget."""
+    eps, norm = str(row.get("eps") or ""), str(row.get("norm") or "linf")
+    return eps if norm == "linf" or not eps else f"{eps} ({norm})"
 
 
 def number(value: Any) -> float | None:
@@ -93,8 +106,8 @@ def _line(rows: Sequence[dict[str, Any]], worst: Mapping[str, Any] | None) -> Li
     largest = max(rows, key=lambda r: (number(r.get("clean")) is not None, r.get("n") or 0))
     adaptive = [r for r in rows if r.get("threat") == "adaptive"]
     source = (worst or adaptive[0]) if adaptive else None
-    clean = _score(largest, "clean", marked=False)
-    star = _score(source, "robust") if source else Score()
+    clean = row_score(largest, "clean")
+    star = row_score(source, "robust") if source else Score()
     flags = [f for r in (*rows, *([worst] if worst and adaptive else [])) for f in r.get("flags") or []]
     return Line(
         defense=str(first["defense"]),
@@ -117,15 +130,16 @@ def _line(rows: Sequence[dict[str, Any]], worst: Mapping[str, Any] | None) -> Li
     )
 
 
-def _score(row: Mapping[str, Any], name: str, marked: bool = True) -> Score:
-    if marked and row.get("unreliable"):
+def row_score(row: Mapping[str, Any], name: str) -> Score:
+    """``clean`` or ``robust`` of a row; a fatal flag takes the robust number away, the clean one stays."""
+    if name != "clean" and row.get("unreliable"):
         return Score(unreliable=True)
     return Score(number(row.get(name)), number(row.get(f"{name}_lo")), number(row.get(f"{name}_hi")))
 
 
 def _lowest(rows: Iterable[Mapping[str, Any]]) -> Score:
     """The lowest believable accuracy among the attacks of one threat model."""
-    scores = [_score(r, "robust") for r in rows]
+    scores = [row_score(r, "robust") for r in rows]
     valid = [s for s in scores if s.value is not None]
     if valid:
         return min(valid, key=lambda s: s.rank)

@@ -48,8 +48,8 @@ def columns(block: Block) -> list[tuple[str, Callable[[Line], Score | str]]]:
 def terminal(results: Results, order: Order = "R*") -> RenderableType:
     """One rich table per (model, set, budget), with images and budgets in its caption, then errors and notes.
 
-    Cells have two lines, the number above its interval and the title above its paradigm, so that 80 columns suffice. An empty
-    gray-box column is left out.
+    Cells have two lines, the number above its interval and the title above its paradigm, so that 80 columns suffice.
+    An empty gray-box column is left out.
     """
     full = check(results)
     parts: list[RenderableType] = []
@@ -113,7 +113,7 @@ def latex(results: Results, order: Order = "R*") -> str:
 
 
 def csv(results: Results) -> str:
-    """All fields of all rows; lists joined by ``;``, booleans as true and false, what is missing empty."""
+    """All fields of all rows; lists joined by ``;`` (members by name), booleans true and false, missing ones empty."""
     rows = check(results)["rows"]
     extra = sorted({str(k) for row in rows for k in row} - set(FIELDS))
     text = io.StringIO()
@@ -201,5 +201,5 @@ def _csv(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
-        return ";".join(map(str, value))
+        return ";".join(str(v.get("name", v) if isinstance(v, dict) else v) for v in value)
     return repr(value) if isinstance(value, float) else str(value)
