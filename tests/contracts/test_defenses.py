@@ -45,6 +45,7 @@ ROWS = (
     Row("Noise(sigma=0.2, draws=3)"),
     Row("ttc"),
     Row("ttc(preset=reference)"),
+    Row("TTC(tau=0.25, clean_offset=zero)"),
     Row("TTC(tau=1000, steps=3)"),
     Row("TTC(tau=1000, norm=l2, eps=1, alpha=1/2)"),
     Row("clipure"),

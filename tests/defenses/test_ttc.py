@@ -69,7 +69,7 @@ def test_above_the_threshold_only_the_start_remains(monkeypatch: pytest.MonkeyPa
     fixed_start(monkeypatch, U)
     clf, x = clf_of(doubled), torch.full((1, 3, 1, 1), 0.5)
     assert torch.equal(offset(TTC(tau=0.005, clean_offset="noise"), clf, x), (x + U) - x)
-    assert torch.equal(offset(TTC(tau=0.005), clf, x), torch.zeros_like(x))
+    assert torch.equal(offset(TTC(tau=0.005, clean_offset="zero"), clf, x), torch.zeros_like(x))
 
 
 def test_a_drift_equal_to_tau_counts_as_clean(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ def test_a_drift_equal_to_tau_counts_as_clean(monkeypatch: pytest.MonkeyPatch) -
     at, above = TTC(tau=drift), TTC(tau=math.nextafter(drift, 1) * (1 + 1e-6))
     assert at.gate(clf, x, SampleRNG.rows(1)).tolist() == [False]
     assert above.gate(clf, x, SampleRNG.rows(1)).tolist() == [True]
-    assert torch.equal(offset(replace(at, clean_offset="noise"), clf, x), (x + U) - x)
+    assert torch.equal(offset(at, clf, x), (x + U) - x)
 
 
 def test_steps_stop_at_the_radius(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,9 @@ def test_extreme_weights_do_not_overflow(beta: float, last: list[float]) -> None
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("fields", [{}, {"clean_offset": "zero"}, {"norm": "l2", "eps": "0.5", "alpha": "0.2"}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"clean_offset": "zero", "steps": 4}, {"norm": "l2", "eps": "0.5", "alpha": "0.2"}]
+)
 def test_equals_the_literal_transcription(seed: int, fields: dict) -> None:
     fields = {k: Fraction(v) if k in ("eps", "alpha") else v for k, v in fields.items()}
     clf, x, rng = toy_clf(seed), toy_images(8, seed=seed), SampleRNG.rows(8, seed)
@@ -119,7 +121,7 @@ def test_equals_the_literal_transcription(seed: int, fields: dict) -> None:
         assert torch.equal(noise, drawn(ttc, x, rng))
     want, judged = ttc_literal.logits(
         encode, x, noise, clf.weights, clf.scale, eps=float(ttc.eps), alpha=float(ttc.alpha), tau=ttc.tau,
-        clean_offset=ttc.clean_offset, norm=ttc.norm,
+        steps=ttc.steps, clean_offset=ttc.clean_offset, norm=ttc.norm,
     )  # fmt: skip
     assert ttc.gate(clf, x, rng).tolist() == judged
     assert 0 < sum(judged) < 8, "both branches must be compared"
@@ -212,10 +214,11 @@ def test_the_distance_sees_the_length_of_features() -> None:
     torch.testing.assert_close(moved, (start + 2 * U * toward).clamp(-4 * U, 4 * U), rtol=0, atol=1e-6)
 
 
-def test_images_judged_clean_are_scored_as_they_are_by_default() -> None:
+def test_images_judged_clean_are_scored_as_they_are_with_offset_zero() -> None:
     clf, x = toy_clf(), toy_images(4)
-    torch.testing.assert_close(TTC(tau=NEVER).apply(clf)(x, SampleRNG.rows(4)), clf(x))
-    noisy = TTC(tau=NEVER, clean_offset="noise").apply(clf)(x, SampleRNG.rows(4))
+    plain = TTC(tau=NEVER, clean_offset="zero").apply(clf)(x, SampleRNG.rows(4))
+    torch.testing.assert_close(plain, clf(x))
+    noisy = TTC(tau=NEVER).apply(clf)(x, SampleRNG.rows(4))
     assert float((noisy - clf(x)).abs().max()) > 1e-3
 
 
@@ -391,5 +394,7 @@ def test_bad_images_and_names() -> None:
 
 
 def test_reference_preset_is_the_published_one() -> None:
-    assert repr(TTC(preset="reference")) == "TTC(clean_offset=noise)"
+    assert TTC(preset="reference") == TTC()
+    constants = {"eps": "4/255", "alpha": "1/255", "tau": 0.2, "steps": 2, "beta": 2.0, "clean_offset": "noise"}
+    assert all(str(getattr(TTC(), k)) == str(v) for k, v in constants.items())
     assert TTC(preset="reference", tau=0.3).tau == 0.3
