@@ -73,5 +73,6 @@ def deep_prompts(blocks: Sequence[nn.Module], prompts: Tensor) -> Iterator[None]
     with ExitStack() as stack:
         for i in range(depth):
             stack.callback(blocks[i].register_forward_pre_hook(before(i), with_kwargs=True).remove)
-        stack.callback(blocks[-1].register_forward_hook(after).remove)
+        if depth:
+            stack.callback(blocks[-1].register_forward_hook(after).remove)
         yield

@@ -1,0 +1,59 @@
+"""The towers of transformers' CLIP and SigLIP as plain modules; state names stay those of the checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class ClipImage(nn.Module):
+    """Normalised pixels to projected class token (b, d); ``patch_tokens`` sends every patch the same way."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.vision_model, self.visual_projection = model.vision_model, model.visual_projection
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.visual_projection(self.vision_model(pixel_values=x).pooler_output)
+
+    def patch_tokens(self, x: Tensor) -> Tensor:
+        patches = self.vision_model(pixel_values=x).last_hidden_state[:, 1:]
+        return self.visual_projection(self.vision_model.post_layernorm(patches))
+
+
+class ClipText(nn.Module):
+    """Ids (n, l) to the projected state at the end of the text (n, d)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.text_model, self.text_projection = model.text_model, model.text_projection
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.text_projection(self.text_model(input_ids=ids).pooler_output)
+
+
+class SiglipImage(nn.Module):
+    """Normalised pixels to attention-pooled features (b, d); for ``patch_tokens`` the pooling sees one patch alone."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.vision_model = model.vision_model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.vision_model(pixel_values=x).pooler_output
+
+    def patch_tokens(self, x: Tensor) -> Tensor:
+        patches = self.vision_model(pixel_values=x).last_hidden_state
+        return self.vision_model.head(patches.flatten(0, 1).unsqueeze(1)).view(patches.shape)
+
+
+class SiglipText(nn.Module):
+    """Ids (n, context), padded to the full context, to the state of the last token (n, d): no mask at all."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.text_model = model.text_model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.text_model(input_ids=ids).pooler_output
