@@ -1,0 +1,69 @@
+"""The towers of open_clip as modules of our own; nothing of the library is imported here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class OpenClipImage(nn.Module):
+    """Any image tower of the library: normalised pixels to features (b, d)."""
+
+    def __init__(self, visual: nn.Module) -> None:
+        super().__init__()
+        self.visual = visual
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.visual(x)
+        return out[0] if isinstance(out, tuple) else out
+
+
+class OpenClipViT(OpenClipImage):
+    """A vision transformer read at its class token: every patch can be projected the same way."""
+
+    visual: Any
+
+    def patch_tokens(self, x: Tensor) -> Tensor:
+        options = {"indices": 1, "normalize_intermediates": True, "intermediates_only": True, "output_fmt": "NLC"}
+        patches = self.visual.forward_intermediates(x, **options)["image_intermediates"][0]
+        return patches @ self.visual.proj
+
+
+class CausalText(nn.Module):
+    """Ids (n, l), l at most the context, to the projected state at the end of the text (n, d).
+
+    The library adds all its positions and so takes full contexts only; these are its own modules on the first l.
+    """
+
+    attn_mask: Tensor
+
+    def __init__(self, part: Any, eot: Any) -> None:
+        super().__init__()
+        self.token_embedding, self.transformer = part.token_embedding, part.transformer
+        self.ln_final, self.text_projection = part.ln_final, part.text_projection
+        self.positional_embedding = part.positional_embedding
+        self.register_buffer("attn_mask", part.attn_mask, persistent=False)
+        self.eot = eot
+
+    def forward(self, ids: Tensor) -> Tensor:
+        n, length = ids.shape
+        hidden = self.token_embedding(ids) + self.positional_embedding[:length]
+        hidden = self.ln_final(self.transformer(hidden, attn_mask=self.attn_mask[:length, :length]))
+        out = hidden[torch.arange(n, device=ids.device), self.eot(ids)]
+        if isinstance(self.text_projection, nn.Linear):
+            return self.text_projection(out)
+        return out if self.text_projection is None else out @ self.text_projection
+
+
+class FullText(nn.Module):
+    """A text tower that looks in both directions or has tokens of its own (SigLIP, CoCa, BERT): full contexts only."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out = self.tower(ids)
+        return out[0] if isinstance(out, tuple) else out
