@@ -23,7 +23,12 @@ EXACT = ("n", "forwards", "backwards", "attack_forwards", "attack_backwards", "f
 
 def table(store: Path | None = None, **options: Any) -> dict[str, Any]:
     vlm, data = options.pop("block", None) or toy_block()
-    options = {"costs": False, "defenses": "none,noise,TTC(tau=0.5)", "attacks": ATTACK, "threat": "static,adaptive"} | options
+    options = {
+        "costs": False,
+        "defenses": "none,noise,TTC(tau=0.5)",
+        "attacks": ATTACK,
+        "threat": "static,adaptive",
+    } | options
     return ironclip.evaluate(vlm, data, store=store, budget="smoke", **options)
 
 
@@ -164,9 +169,7 @@ def test_two_runs_on_one_store_do_not_disturb_each_other(tmp_path: Path) -> None
     import threading
 
     found: list[dict[str, Any]] = []
-    runs = [
-        threading.Thread(target=lambda: found.append(table(tmp_path / "store", batch_size=5))) for _ in range(2)
-    ]
+    runs = [threading.Thread(target=lambda: found.append(table(tmp_path / "store", batch_size=5))) for _ in range(2)]
     for r in runs:
         r.start()
     for r in runs:

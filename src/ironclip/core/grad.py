@@ -35,7 +35,8 @@ def loss_and_grad(clf: Fn, x: Tensor, loss: Callable[[Tensor], Tensor], rng: Sam
 
     ``loss`` maps the classifier's output to (b,) values. Gradients of the summed loss are averaged over the draws of an
     ``eot`` view (mean of gradients, not gradient of mean logits; Athalye et al. 2018, arXiv 1707.07397). Parameters get
-    no gradient. Raises RuntimeError if the output does not depend on the pixels through autograd at all.
+    no gradient. A ``penalised`` view's penalty is taken off the loss. Raises NoGradientError if the output does not
+    depend on the pixels through autograd at all.
     """
     draws, base = draws_of(clf), getattr(clf, "base", clf) if draws_of(clf) > 1 else clf
     total_out = total_loss = total_grad = None
@@ -44,14 +45,19 @@ def loss_and_grad(clf: Fn, x: Tensor, loss: Callable[[Tensor], Tensor], rng: Sam
         with torch.enable_grad():
             out = base(leaf, _draw(rng, i, draws))
             value = loss(out)
+            penalty = getattr(base, "penalty", None)
+            if penalty is not None:
+                value = value - penalty(leaf, _draw(rng, i, draws))
             if not value.requires_grad:
-                raise NoGradient(
+                raise NoGradientError(
                     "the classifier's output carries no gradient to the pixels (a detached or non-differentiable "
                     "defense); attack its surrogate, or use a black-box attack"
                 )
             (grad,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
         if grad is None:
-            raise NoGradient("the pixels do not reach the classifier's output; use its surrogate or a black-box attack")
+            raise NoGradientError(
+                "the pixels do not reach the classifier's output; use its surrogate or a black-box attack"
+            )
         out, value, grad = out.detach(), value.detach(), grad.detach()
         if total_out is None or total_loss is None or total_grad is None:
             total_out, total_loss, total_grad = out, value, grad
@@ -67,7 +73,7 @@ def _draw(rng: SampleRNG | None, i: int, draws: int) -> SampleRNG | None:
     return None if rng is None else rng.at(rng.draw * draws + i)
 
 
-class NoGradient(RuntimeError):
+class NoGradientError(RuntimeError):
     """The attacked classifier cannot be differentiated; the message says what to use instead."""
 
 

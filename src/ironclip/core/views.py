@@ -109,6 +109,27 @@ def in_space(clf: Classifier, space: str, size: int) -> Classifier:
     raise ValueError(f"space must be model-input, native or file, got {space!r}")
 
 
+@dataclass(frozen=True, eq=False)
+class Penalised:
+    """The classifier with a ``penalty`` (b,) that attacks subtract from their loss: ``L - beta * penalty``."""
+
+    base: Classifier
+    cost: Callable[[Tensor, SampleRNG | None], Tensor]
+    beta: float
+
+    def penalty(self, x: Tensor, rng: SampleRNG | None = None) -> Tensor:
+        """(b,) weighted penalty of the pixels."""
+        return self.beta * self.cost(x, rng)
+
+    def __call__(self, x: Tensor, rng: SampleRNG | None = None) -> Tensor:
+        return self.base(x, rng)
+
+
+def penalised(clf: Classifier, cost: Callable[[Tensor, SampleRNG | None], Tensor], beta: float) -> Classifier:
+    """For gates and detectors: the attack also keeps ``cost`` (b,) low, for example by staying unnoticed."""
+    return Penalised(clf, cost, beta)
+
+
 @dataclass
 class Count:
     """Calls and images seen by a ``counted`` view."""

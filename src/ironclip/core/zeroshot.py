@@ -40,12 +40,14 @@ class ZeroShot:
         templates: Sequence[str] = TEMPLATES,
         *,
         merge_duplicates: bool = True,
+        weights: Tensor | None = None,
     ) -> ZeroShot:
         """Encode every prompt once: unit features per template, averaged over the templates, normalised again.
 
         ``templates`` hold one ``{}`` each. Classes whose prompts are all equal are merged with a warning that names
-        them, unless ``merge_duplicates=False`` (parity with published tables). Raises ValueError for an empty list, a
-        single class, an empty name, or a template without ``{}``.
+        them, unless ``merge_duplicates=False`` (parity with published tables). ``weights`` (k, d) from an earlier call
+        save the encoding. Raises ValueError for an empty list, a single class, an empty name, or a template without
+        ``{}``.
         """
         if isinstance(class_names, str) or isinstance(templates, str):
             raise ValueError('class_names and templates must be lists of strings; write ["cat", "dog"]')
@@ -71,10 +73,13 @@ class ZeroShot:
         if twice:
             did = "merged into one class each" if merge_duplicates else "kept apart, so their images tie"
             warnings.warn(f"classes with equal prompts are {did}: {', '.join(twice)}", stacklevel=2)
-        prompts = [t.format(n) for n in kept for t in templates]
-        with torch.no_grad():
-            features = vlm.encode_text(prompts).view(len(kept), len(templates), -1)
-            weights = F.normalize(features.mean(dim=1), dim=-1)
+        if weights is None:
+            prompts = [t.format(n) for n in kept for t in templates]
+            with torch.no_grad():
+                features = vlm.encode_text(prompts).view(len(kept), len(templates), -1)
+                weights = F.normalize(features.mean(dim=1), dim=-1)
+        elif weights.shape != (len(kept), vlm.dim):
+            raise ValueError(f"weights must be ({len(kept)}, {vlm.dim}), got {tuple(weights.shape)}")
         return cls(vlm, tuple(kept), templates, weights, vlm.scale, tuple(label_map))
 
     @property

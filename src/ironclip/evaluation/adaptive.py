@@ -33,7 +33,7 @@ def run_adaptive(
 
     Only samples that are still right on some draw go on to the next member, except where the defense couples the batch.
     """
-    members = composition(entry.defense, threat)
+    members = composition(entry.defense, block.budget, threat)
     specs = [m.spec(eps, norm, block.budget.steps) if m.view != "static" else "static" for m in members]
     c = cell(
         block,

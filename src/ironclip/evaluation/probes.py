@@ -31,7 +31,7 @@ def probe(block: Block, entry: Entry, digest: str, eps: Fraction, norm: str) -> 
     found: dict[str, Any] | None = block.store.get_json("probes", digest)
     if found is not None:
         return found
-    members = [m for m in composition(entry.defense) if m.white and m.view != "base"][:2]
+    members = [m for m in composition(entry.defense, block.budget) if m.white and m.view != "base"][:2]
     steps = block.budget.steps
     out: dict[str, Any] = {"n": n}
     if norm == "linf":

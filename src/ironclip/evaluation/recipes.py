@@ -48,23 +48,24 @@ class Member:
 @dataclass(frozen=True)
 class Budget:
     """How much an adaptive run may spend: ``steps`` per member, ``eot`` draws per gradient for random defenses,
-    ``draws`` fresh draws for the verdict, ``probe`` images for the checks that need runs of their own."""
+    ``draws`` fresh draws for the verdict, ``probe`` images for the checks that need runs of their own, ``skip`` members that are left out."""
 
     name: str
     steps: int
     eot: int
     draws: int
     probe: int
-    members: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
 
     def text(self) -> str:
         """The budget as printed beside every figure."""
-        return f"{self.name}: {self.steps} steps, EOT {self.eot}, {self.draws} fresh draws"
+        without = f", without {', '.join(self.skip)}" if self.skip else ""
+        return f"{self.name}: {self.steps} steps, EOT {self.eot}, {self.draws} fresh draws{without}"
 
 
 BUDGETS: dict[str, Budget] = {
     "smoke": Budget("smoke", steps=3, eot=1, draws=2, probe=0),
-    "quick": Budget("quick", steps=10, eot=2, draws=4, probe=4),
+    "quick": Budget("quick", steps=7, eot=1, draws=2, probe=0, skip=("evade-0.1", "evade-10", "base-margin")),
     "standard": Budget("standard", steps=20, eot=4, draws=10, probe=8),
     "full": Budget("full", steps=100, eot=20, draws=10, probe=16),
 }

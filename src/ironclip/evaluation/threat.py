@@ -11,16 +11,17 @@ from ironclip.core.zeroshot import ZeroShot
 from ironclip.evaluation.recipes import BLACKBOX, Budget, Member, members_for
 
 
-def composition(defense: Defense, threat: str = "adaptive") -> list[Member]:
-    """The members of a defense's adaptive attack, by its kind, its surrogates and its own additions."""
+def composition(defense: Defense, budget: Budget, threat: str = "adaptive") -> list[Member]:
+    """The members of a defense's attack: by its kind, its surrogates and its own additions, less what is skipped."""
     if threat == "blackbox":
         return list(BLACKBOX)
-    return members_for(
+    members = members_for(
         defense.info.kind,
         tuple(getattr(defense, "surrogates", ())),
         hasattr(defense, "penalty"),
         tuple(getattr(defense, "extra_members", ())),
     )
+    return [m for m in members if m.name not in budget.skip]
 
 
 def fitted(info: Info, defense: Any, clf: ZeroShot, state: State | None) -> ZeroShot:
