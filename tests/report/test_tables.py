@@ -31,7 +31,7 @@ MEMBERS += ["probabilities", "tie", "dtype", "budget"]
 
 def shown(found: dict, width: int = 160) -> str:
     console = Console(width=width, file=io.StringIO(), color_system=None)
-    console.print(tables.terminal(found))
+    console.print(*tables.terminal(found), sep="\n")
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 

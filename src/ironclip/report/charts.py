@@ -113,8 +113,8 @@ def tradeoff_chart(block: Block, colors: dict[str, str]) -> Any | None:
         return None
     low, top = min(p["clean"] for p in points), max(p["robust"] for p in points)
     data = alt.Chart(alt.Data(values=points))
-    x = alt.X("clean:Q", title="clean accuracy in %", scale=alt.Scale(zero=False, nice=True, padding=14))
-    y = alt.Y("robust:Q", title="R* in %", scale=alt.Scale(domainMin=0, nice=True))
+    x = alt.X("clean:Q", title="clean accuracy in %", scale=alt.Scale(domain=_tens(points, "clean")))
+    y = alt.Y("robust:Q", title="R* in %", scale=alt.Scale(domain=[0, _tens(points, "robust")[1]]))
     color = _color(alt, points, colors)
     kinds = list(dict.fromkeys(p["paradigm"] for p in points))
     shapes = ["circle", "square", "triangle-up", "diamond", "cross"][: len(kinds)]
@@ -189,6 +189,12 @@ def _point(line: Line, metric: str, eps: float, budget: str, score: Score) -> di
     named = {"defense": line.title, "metric": metric, "budget": budget, "interval": score.interval}
     lo, hi = (value if v is None else v for v in (score.lo, score.hi))
     return {**named, "eps": eps, "accuracy": round(value, 3), "lo": round(lo, 3), "hi": round(hi, 3)}
+
+
+def _tens(points: Sequence[dict[str, Any]], name: str) -> list[int]:
+    """Whole tens of percent around the intervals, within 0 and 100."""
+    lo, hi = min(p[f"{name}_lo"] for p in points), max(p[f"{name}_hi"] for p in points)
+    return [10 * int(lo // 10), min(100, 10 * int(hi // 10 + 1))]
 
 
 def _color(alt: Any, points: Sequence[dict[str, Any]], colors: dict[str, str]) -> Any:

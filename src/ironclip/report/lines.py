@@ -67,7 +67,8 @@ class Line:
         """Image-tower passes per image, ``3F 2B``."""
         if self.forwards is None:
             return "-"
-        return f"{self.forwards:.3g}F" + (f" {self.backwards:.3g}B" if self.backwards else "")
+        passes = ((self.forwards, "F"), (self.backwards or 0.0, "B"))
+        return " ".join((f"{n:.0f}" if n >= 100 or n == round(n) else f"{n:.1f}") + k for n, k in passes if n)
 
 
 @dataclass(frozen=True)

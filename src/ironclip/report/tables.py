@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -17,7 +17,7 @@ from ironclip.report.flags import FATAL
 from ironclip.report.lines import Block, Line, Order, Score
 from ironclip.report.summary import Results, blocks, check
 
-_MIN = {"defense": 13, "flags": 8}  # columns a narrow terminal may squeeze, and how far
+_MIN = {"defense": 13, "flags": 13}  # columns a narrow terminal may squeeze, and how far
 UPPER_BOUND = "R* is an upper bound on robustness under the stated budget; intervals are 95% (Wilson)."
 FIELDS = (
     *("vlm", "data", "defense", "defense_spec", "title", "paradigm", "threat", "attack", "eps", "norm", "n"),
@@ -45,7 +45,7 @@ def columns(block: Block) -> list[tuple[str, Callable[[Line], Score | str]]]:
     ]
 
 
-def terminal(results: Results, order: Order = "R*") -> RenderableType:
+def terminal(results: Results, order: Order = "R*") -> list[RenderableType]:
     """One rich table per (model, set, budget), with images and budgets in its caption, then errors and notes.
 
     Cells have two lines, the number above its interval and the title above its paradigm, so that 80 columns suffice.
@@ -74,7 +74,7 @@ def terminal(results: Results, order: Order = "R*") -> RenderableType:
         where = ", ".join(str(e[k]) for k in ("vlm", "data", "defense", "threat", "attack") if e.get(k))
         parts.append(Text.assemble(("failed: ", "bold red"), f"{where}: {e.get('error', '')}"))
     parts += [Text(f"note: {note}") for note in full["notes"]]
-    return Group(*parts)
+    return parts
 
 
 def markdown(results: Results, order: Order = "R*") -> str:

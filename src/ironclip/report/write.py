@@ -27,8 +27,8 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
-def write_all(results: Results, out_dir: str | Path) -> dict[str, Path]:
-    """``report.html``, ``results.json``, ``table.md``, ``table.tex`` and ``table.csv``; returns name -> path.
+def write_all(results: Results, out_dir: str | Path) -> list[Path]:
+    """``report.html``, ``results.json``, ``table.md``, ``table.tex``, ``table.csv``; returns their paths in this order.
 
     Everything is made before anything is written. Raises ImportError naming the extra if the page cannot be drawn.
     """
@@ -42,4 +42,4 @@ def write_all(results: Results, out_dir: str | Path) -> dict[str, Path]:
         "table.tex": tables.latex(full),
         "table.csv": tables.csv(full),
     }
-    return {name: write_text(Path(out_dir) / name, text) for name, text in texts.items()}
+    return [write_text(Path(out_dir) / name, text) for name, text in texts.items()]
