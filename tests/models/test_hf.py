@@ -215,6 +215,10 @@ def test_incomplete_or_foreign_weights_are_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
     with pytest.raises(ValueError, match="is a model of type 'bert'; expected clip or siglip"):
         ironclip.load(f"hf:{folder}")
+    damaged = clips.save(clips.small_clip(), tmp_path / "damaged") / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"the weight file is damaged \(.*fetch it again"):
+        ironclip.load(f"hf:{damaged.parent}")
     tokenizer = clips.byte_tokenizer()
     with pytest.raises(ValueError, match="the tokenizer belongs to another model"):
         wrap_clip(clips.small_clip(eos=7), tokenizer, "other")

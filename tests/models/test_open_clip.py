@@ -187,6 +187,10 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
         ironclip.load(f"open_clip:{folder_of(tmp_path / 'short', drop='visual.proj')}")
     with pytest.raises(ValueError, match="OpenAI weights need the activation quick_gelu"):
         ironclip.load(f"open_clip:{folder_of(tmp_path / 'openai' / 'x', act='gelu')}")
+    damaged = folder_of(tmp_path / "damaged") / "open_clip_model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"the weight file is damaged \(.*fetch it again"):
+        ironclip.load(f"open_clip:{damaged.parent}")
     bare = tmp_path / "bare"
     bare.mkdir()
     with pytest.raises(FileNotFoundError, match=r"open_clip_config.json \(missing\) and open_clip_model.safetensors"):
@@ -220,7 +224,8 @@ def test_quick_gelu_follows_the_tag(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def create(source: str, tag: str, **options: Any) -> Any:
         asked[f"{source}/{tag}"] = options["force_quick_gelu"]
-        assert options["weights_only"] and options["require_pretrained"]
+        assert options["weights_only"]
+        assert options["require_pretrained"]
         return build("gelu")
 
     monkeypatch.setattr(open_clip, "create_model", create)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ironclip.core.vlm import VLM, Parts
 from ironclip.models.clip_rules import MAX_SCALE, MEAN, STD, check_quick_gelu, first_index, hub_tokenize
@@ -120,7 +121,8 @@ def load_hf(rest: str) -> VLM:
     """``openai/clip-vit-base-patch32``, with ``@REVISION`` if wanted, or a folder as ``save_pretrained`` writes it.
 
     Weights are read from safetensors, or from a pickle restricted to tensors. Raises ValueError for a model of another
-    kind, incomplete weights or a wrong activation, FileNotFoundError where neither folder, cache nor hub has the files.
+    kind, damaged or incomplete weights or a wrong activation, FileNotFoundError where neither folder, cache nor hub
+    has the files.
     """
     from transformers import AutoConfig, AutoTokenizer, CLIPModel, SiglipModel
 
@@ -197,6 +199,8 @@ def _check_ends(name: str, tokenizer: Any, eot: Any, vocabulary: int) -> None:
 def _explained(rest: str) -> Iterator[None]:
     try:
         yield
+    except SafetensorError as err:
+        raise ValueError(f"hf:{rest}: the weight file is damaged ({err}); fetch it again") from err
     except OSError as err:
         reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
         raise FileNotFoundError(

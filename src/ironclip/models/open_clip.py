@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ironclip.core.vlm import VLM, Parts, warn_truncated
@@ -98,6 +99,8 @@ def load_open_clip(rest: str) -> VLM:
             source, tag, precision="fp32", force_quick_gelu=quick, require_pretrained=True, weights_only=True
         )
         tokenizer = library.get_tokenizer(source)
+    except SafetensorError as err:
+        raise ValueError(f"open_clip:{rest}: the weight file is damaged ({err}); fetch it again") from err
     except (RuntimeError, OSError) as err:
         reason = " ".join(str(err).split())[:300] or type(err).__name__
         if source.startswith("local-dir:") or (tag and Path(tag).is_file()):
