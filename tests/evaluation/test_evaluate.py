@@ -276,7 +276,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
 
 
 def test_budgets_grow() -> None:
-    order = [BUDGETS[n] for n in ("smoke", "quick", "standard", "full")]
+    order = [BUDGETS[n] for n in ("smoke", "quick", "short", "standard", "full")]
     assert all(
         a.steps < b.steps and a.eot <= b.eot and a.draws <= b.draws for a, b in zip(order, order[1:], strict=False)
     )

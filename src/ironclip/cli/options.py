@@ -25,5 +25,5 @@ Precision = Annotated[str, typer.Option("--precision", help="of the attack: fp32
 Prompts = Annotated[str | None, typer.Option("--prompts", help="prompt set id, or one template with {}")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output, progress on standard error")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="leave unreadable images out and count them")]
-Budget = Annotated[str, typer.Option("--budget", help="adaptive budget: smoke, quick, standard, full")]
+Budget = Annotated[str, typer.Option("--budget", help="adaptive budget: smoke, quick, short, standard, full")]
 AdaptiveLimit = Annotated[int | None, typer.Option("--adaptive-limit", help="images per data set under adaptive")]

@@ -66,6 +66,7 @@ class Budget:
 BUDGETS: dict[str, Budget] = {
     "smoke": Budget("smoke", steps=3, eot=1, draws=2, probe=0),
     "quick": Budget("quick", steps=7, eot=1, draws=2, probe=0, skip=("evade-0.1", "evade-10", "base-margin")),
+    "short": Budget("short", steps=10, eot=1, draws=4, probe=4, skip=("evade-0.1", "evade-10")),
     "standard": Budget("standard", steps=20, eot=4, draws=10, probe=8),
     "full": Budget("full", steps=100, eot=20, draws=10, probe=16),
 }
