@@ -29,6 +29,8 @@ def save_model(model: Any, tokenizer: Any, out: Path, image_size: int) -> dict[s
         save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
         model.config.architectures = ["CLIPModel"]
         model.config.save_pretrained(aside)
+        tokenizer.backend_tokenizer.no_padding()  # settings of the last call, not of the vocabulary
+        tokenizer.backend_tokenizer.no_truncation()
         tokenizer.save_pretrained(aside)
         size = {"height": image_size, "width": image_size}
         write_json(
