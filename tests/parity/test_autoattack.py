@@ -14,12 +14,14 @@ from attack_toys import Conv, images, labels_of
 from torch import Tensor
 
 from ironclip.attacks.apgd import APGD, APGDT, ranked
-from ironclip.core.ball import start_delta
+from ironclip.attacks.fab import FABT
+from ironclip.core.ball import norms, start_delta
 from ironclip.core.losses import margin
 from ironclip.core.rng import SampleRNG
 
 pytest.importorskip("pyautoattack")
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+from pyautoattack.fab_pt import FABAttack_PT
 
 N = 100
 RNG = SampleRNG.of(7, [f"s{i}" for i in range(N)])
@@ -72,7 +74,7 @@ def test_apgd_t_from_the_same_starts(problem: tuple, norm: str) -> None:
         clf, n_iter=steps, norm=PEER[norm], eps=float(eps), n_target_classes=targets, device="cpu"
     )
     peer.init_hyperparam(x)
-    _, classes = ranked(clf, x, y, targets, RNG.fold("apgd_t"))
+    _, classes, _ = ranked(clf, x, y, targets, RNG.fold("apgd_t"))
     fooled, images_ = torch.zeros(N, dtype=torch.bool), x.clone()
     for t in range(targets):
         start = x + start_delta(x, float(eps), norm, "surface", RNG.fold("apgd_t").fold("target", t, 0).fold("start"))
@@ -94,3 +96,27 @@ def test_apgd_with_streams_of_its_own(problem: tuple, loss: str) -> None:
     theirs = labels_of(clf, peer.perturb(x, y)) != y
     torch.random.set_rng_state(state)
     assert abs(int(ours.success.sum()) - int(theirs.sum())) <= 2
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_fab_t_deterministic_from_the_clean_image(problem: tuple, norm: str) -> None:
+    """No randomness at all: the smallest norms agree, and so the flags do at any budget."""
+    clf, x, y = problem
+    eps, steps, targets = {"linf": 2 / 255, "l2": 0.08, "l1": 0.6}[norm], 20, 3
+    wide = {"linf": 1, "l2": 30, "l1": 200}[norm]
+    ours = FABT(eps=wide, norm=norm, steps=steps, targets=targets)(clf, x, y, rng=RNG)
+    peer = FABAttack_PT(clf, norm=norm.capitalize(), n_iter=steps, eps=eps, device="cpu")
+    best, size = x.clone(), torch.full((N,), torch.inf)
+    for t in range(targets):
+        peer.target_class = t + 2
+        found = peer.attack_single_run(x, y, use_rand_start=False, is_targeted=True)
+        fooled = labels_of(clf, found) != y
+        now = torch.where(fooled, norms(found - x, norm), torch.inf)
+        best[now < size], size = found[now < size], torch.minimum(now, size)
+    mine = norms(ours.x_adv - x, norm)
+    assert bool(ours.success.all())
+    assert bool(torch.isfinite(size).all())
+    close = (mine / size - 1).abs() < 1e-3
+    assert float(close.float().mean()) >= 0.97
+    assert abs(int((mine <= eps).sum()) - int((size <= eps).sum())) <= 1
+    assert 20 < int((mine <= eps).sum()) < 95

@@ -131,7 +131,9 @@ class APGDT:
     def __call__(self, clf: Classifier, x: Tensor, y: Tensor, *, rng: SampleRNG) -> AttackResult:
         """Attack one batch."""
         run, stream = _run(self), rng.fold("apgd_t")
-        total, classes = ranked(clf, x, y, self.targets, stream)
+        tally, classes, note = ranked(clf, x, y, self.targets, stream)
+        clean = tally.result(notes=(note,))
+        total = replace(clean, loss=clean.loss.where(clean.success, -torch.inf))  # any attacked point is better
         drop = run.stop and independent(clf)
         notes: tuple[str, ...] = ()
         rows = torch.arange(x.shape[0], device=x.device)
@@ -150,18 +152,14 @@ class APGDT:
         return replace(total, notes=(*notes, *total.notes))
 
 
-def ranked(clf: Classifier, x: Tensor, y: Tensor, targets: int, rng: SampleRNG) -> tuple[AttackResult, Tensor]:
-    """The clean images as a result (1 F) and their best wrong classes (b, min(targets, k - 1)).
+def ranked(clf: Classifier, x: Tensor, y: Tensor, targets: int, rng: SampleRNG) -> tuple[Tally, Tensor, str]:
+    """A tally that holds the clean images (1 F), their best wrong classes (b, min(targets, k - 1)) and a note.
 
-    The loss is the margin of wrong images and minus infinity of the others, so that any attacked point replaces them. A
-    note says how many of the other classes that is. Raises ValueError for bad images, labels or logits.
+    The note says how many of the other classes that is. Raises ValueError for bad images, labels or logits.
     """
-    goal, rows = Objective("margin", x, y), torch.arange(x.shape[0], device=x.device)
-    tally = Tally(x)
+    goal, rows, tally = Objective("margin", x, y), torch.arange(x.shape[0], device=x.device), Tally(x)
     z, clean = value(clf, x, lambda out: goal(out, rows), rng.fold("rank"))
     tally.spend(rows, draws_of(clf))
     tally.offer(rows, x, clean, goal.fooled(z, rows))
-    others = z.scatter(1, y[:, None], -torch.inf)
-    classes = others.topk(min(targets, z.shape[1] - 1), dim=1).indices
-    note = f"{classes.shape[1]} of {z.shape[1] - 1} other classes as targets"
-    return replace(tally.result(notes=(note,)), loss=tally.loss.where(tally.hit, -torch.inf)), classes
+    classes = z.scatter(1, y[:, None], -torch.inf).topk(min(targets, z.shape[1] - 1), dim=1).indices
+    return tally, classes, f"{classes.shape[1]} of {z.shape[1] - 1} other classes as targets"
