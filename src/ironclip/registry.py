@@ -18,6 +18,8 @@ ATTACKS: dict[str, str] = {
     "random": "ironclip.attacks.random:RandomPoints",
     "apgd": "ironclip.attacks.apgd:APGD",
     "apgd_t": "ironclip.attacks.apgd:APGDT",
+    "fab_t": "ironclip.attacks.fab:FABT",
+    "square": "ironclip.attacks.square:Square",
 }
 
 ATTACK_PRESETS: dict[str, tuple[str, str]] = {

@@ -37,6 +37,12 @@ TABLE = [
     "APGD(eps=1/4, norm=l2, loss=dlr, steps=5, restarts=2, policy=first_success)",
     "APGDT(eps=2/255, steps=3, targets=2)",
     "APGDT(eps=1/4, norm=l2, steps=3, targets=3, policy=first_success, loss=ce_t)",
+    "FABT(eps=2/255, steps=4, targets=2)",
+    "FABT(eps=1/4, norm=l2, steps=3, targets=2, restarts=2, policy=first_success)",
+    "FABT(eps=2, norm=l1, steps=3, targets=2)",
+    "Square(eps=2/255, queries=12)",
+    "Square(eps=2/255, queries=8, loss=ce, restarts=2, policy=first_success)",
+    "Square(eps=1/4, norm=l2, queries=8)",
     "table2-pgd10",
     "fare-train",
 ]
