@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ironclip.cli import options as o
 from ironclip.core.check import check_choice
@@ -41,7 +42,7 @@ def listing(
     for column in rows[0] if rows else ("nothing found",):
         table.add_column(column)
     for row in rows:
-        table.add_row(*(_cell(v) for v in row.values()))
+        table.add_row(*(Text(_cell(v)) for v in row.values()))
     Console(file=sys.stdout).print(table)
     return 0
 

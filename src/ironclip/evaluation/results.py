@@ -206,13 +206,13 @@ def _static_pairs(rows: list[dict[str, Any]], details: list[dict[str, Any]]) -> 
 
 def _compare(blocks: dict[tuple[Any, ...], dict[str, dict[str, float]]], metric: str) -> list[dict[str, Any]]:
     found = []
-    for (vlm, data, eps, _), outcomes in blocks.items():
+    for (vlm, data, eps, what), outcomes in blocks.items():
         if len(outcomes) < 2:
             continue
         common = sorted(set.intersection(*(set(o) for o in outcomes.values())))
         if not common:
             continue
-        for p in pairwise({name: [o[s] >= 0.5 for s in common] for name, o in outcomes.items()}):
+        for p in pairwise({name: [o[s] for s in common] for name, o in outcomes.items()}):
             found.append(
                 {
                     "vlm": vlm,
@@ -221,6 +221,7 @@ def _compare(blocks: dict[tuple[Any, ...], dict[str, dict[str, float]]], metric:
                     "a": p.a,
                     "b": p.b,
                     "metric": metric,
+                    "attack": what if metric == "static" else "",
                     "n": len(common),
                     "diff": 100 * p.diff.value,
                     "diff_lo": 100 * p.diff.lo,
