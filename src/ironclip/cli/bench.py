@@ -34,7 +34,9 @@ def bench(
     limit: o.Limit = None,
     adaptive_limit: o.AdaptiveLimit = None,
     seed: Annotated[int | None, typer.Option("--seed", help="seed of every random stream [default: 0]")] = None,
-    budget: Annotated[str, typer.Option("--budget", help="smoke, quick, short, standard, full [default: standard]")] = "",
+    budget: Annotated[
+        str, typer.Option("--budget", help="smoke, quick, short, standard, full [default: standard]")
+    ] = "",
     preset: Annotated[
         str, typer.Option("--preset", help="a shipped matrix; the default without --vlm and --data")
     ] = "",

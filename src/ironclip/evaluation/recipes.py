@@ -48,7 +48,8 @@ class Member:
 @dataclass(frozen=True)
 class Budget:
     """How much an adaptive run may spend: ``steps`` per member, ``eot`` draws per gradient for random defenses,
-    ``draws`` fresh draws for the verdict, ``probe`` images for the checks that need runs of their own, ``skip`` members that are left out."""
+    ``draws`` fresh draws for the verdict, ``probe`` images for the checks that need runs of their own,
+    ``skip`` members that are left out."""
 
     name: str
     steps: int

@@ -92,8 +92,8 @@ def evaluate(
     ``threat``: static, graybox, adaptive, blackbox. ``limit``: first n of each set in a fixed order (nested subsets);
     ``adaptive_limit``: the same for the adaptive threat. ``store``: folder of results, reused and resumed; without
     one a temporary folder is used. ``state``: folder of fitted states, ``NAME.safetensors`` per defense.
-    ``precision``: of the attack; predictions that count are always fp32. ``budget``: smoke, quick, short, standard, full.
-    ``costs``: measure milliseconds per image too, where the store has none yet.
+    ``precision``: of the attack; predictions that count are always fp32. ``budget``: smoke, quick, short, standard,
+    full. ``costs``: measure milliseconds per image too, where the store has none yet.
 
     Returns the results dictionary of ``evaluation/results.py``. Raises ValueError for bad input before any work begins;
     a cell that fails later is recorded under ``errors``.

@@ -221,7 +221,7 @@ class AdvSet:
 
     @staticmethod
     def encode(x: Tensor, x_adv: Tensor, radius: Tensor) -> Tensor:
-        """(b, 3, h, w) int16 perturbations in units of ``radius / 32767``; ``radius``: (b,) largest entry per sample."""
+        """(b, 3, h, w) int16 perturbations in units of ``radius / 32767``; ``radius``: (b,) largest entries."""
         unit = radius.double().clamp(min=1e-12).view(-1, 1, 1, 1) / LEVELS
         return ((x_adv - x).double() / unit).round().clamp(-LEVELS, LEVELS).to(torch.int16)
 
