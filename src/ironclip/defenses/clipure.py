@@ -2,8 +2,9 @@
 
 Zhang, Bi, Chen, Guo, Cheng 2025 (arXiv 2502.18176). Every step is a rotation in the plane of the embedding and the null
 prompt, so the published loop of ten gradient steps is a recursion over one angle per image: no autograd, no loop over
-features. The published code hides the step direction from the attacker's graph, which leaves it a gradient of about
-1e-15; here the derivative is that of the function.
+features. The published code keeps the step direction out of the attacker's graph: the gradient shrinks to about 1e-15,
+which is zero in half precision, and points where the undefended model's does even if the purifier turns the image's
+own part round. Here the derivative is that of the function.
 """
 
 from __future__ import annotations
