@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -43,10 +44,18 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_rows_carry_what_decisions_promise(results: dict[str, Any]) -> None:
-    keys = (
-        "vlm data defense defense_spec title threat attack eps n clean robust clean_lo clean_hi robust_lo robust_hi "
-        "flags ms_per_image forwards backwards digest"
-    ).split()
+    keys = ["vlm", "data", "defense", "defense_spec", "title", "threat", "attack", "eps", "n", "clean", "robust"]
+    keys += [
+        "clean_lo",
+        "clean_hi",
+        "robust_lo",
+        "robust_hi",
+        "flags",
+        "ms_per_image",
+        "forwards",
+        "backwards",
+        "digest",
+    ]
     assert len(results["rows"]) == 6
     for row in results["rows"]:
         assert set(keys) <= set(row)
@@ -240,7 +249,7 @@ def test_damaged_files_are_never_read_as_results(tmp_path: Path) -> None:
     digest = first["rows"][0]["digest"]
     cell = Store(tmp_path / "store").cell_path(digest)
     cell.write_bytes(cell.read_bytes()[:100])
-    with pytest.raises(StoreError, match="is damaged .* delete it and run the command again"):
+    with pytest.raises(StoreError, match=r"is damaged .* delete it and run the command again"):
         table(tmp_path / "store", defenses="none", threat="static")
     cell.unlink()
     (shard, *_) = (tmp_path / "store" / "adv").rglob("*.safetensors")
@@ -277,13 +286,11 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
 
 def test_budgets_grow() -> None:
     order = [BUDGETS[n] for n in ("smoke", "quick", "short", "standard", "full")]
-    assert all(
-        a.steps < b.steps and a.eot <= b.eot and a.draws <= b.draws for a, b in zip(order, order[1:], strict=False)
-    )
+    assert all(a.steps < b.steps and a.eot <= b.eot and a.draws <= b.draws for a, b in itertools.pairwise(order))
 
 
 def test_duplicate_classes_are_merged_and_named() -> None:
-    vlm, data = toy_block()
+    vlm, _ = toy_block()
     names = ["ant", "bee", "cat", "dog", "ant"]
     with pytest.warns(UserWarning, match="merged into one class each: ant"):
         clf = ironclip.ZeroShot.build(vlm, names)
