@@ -20,6 +20,11 @@ ATTACKS: dict[str, str] = {
     "apgd_t": "ironclip.attacks.apgd:APGDT",
     "fab_t": "ironclip.attacks.fab:FABT",
     "square": "ironclip.attacks.square:Square",
+    "autoattack": "ironclip.attacks.autoattack:AutoAttack",
+    "cw": "ironclip.attacks.cw:CW",
+    "transfer": "ironclip.attacks.transfer:Transfer",
+    "rays": "ironclip.attacks.rays:RayS",
+    "universal": "ironclip.attacks.universal:Universal",
 }
 
 ATTACK_PRESETS: dict[str, tuple[str, str]] = {
@@ -31,6 +36,14 @@ ATTACK_PRESETS: dict[str, tuple[str, str]] = {
     "csr": ("pgd", "csr"),
     "table2-cw": ("pgd", "table2-cw"),
     "fare-train": ("feature_pgd", "fare-train"),
+    "aa-standard": ("autoattack", "aa-standard"),
+    "aa-rand": ("autoattack", "aa-rand"),
+    "aa-fast": ("autoattack", "aa-fast"),
+    "aa-tecoa": ("autoattack", "aa-tecoa"),
+    "mi-fgsm": ("transfer", "mi-fgsm"),
+    "di-fgsm": ("transfer", "di-fgsm"),
+    "ti-fgsm": ("transfer", "ti-fgsm"),
+    "mi-di-ti": ("transfer", "mi-di-ti"),
 }
 
 DEFENSES: dict[str, str] = {

@@ -21,7 +21,8 @@ from ironclip.core.types import AttackResult, Classifier, prediction
 class RandomPoints:
     """Tries ``points`` random perturbations per image and keeps the first that fools, or the worst by margin.
 
-    ``kind``: ``corner`` (linf: every pixel at plus or minus eps; l2 and l1: at the surface) or ``inside``. Costs points F.
+    ``kind``: ``corner`` (linf: every pixel at plus or minus eps; l2 and l1: at the surface) or ``inside``. Costs
+    points x F.
     """
 
     name: ClassVar[str] = "random"

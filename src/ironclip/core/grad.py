@@ -63,7 +63,9 @@ def loss_and_grad(clf: Fn, x: Tensor, loss: Callable[[Tensor], Tensor], rng: Sam
             total_out, total_loss, total_grad = out, value, grad
         else:
             total_out, total_loss, total_grad = total_out + out, total_loss + value, total_grad + grad
-    assert total_out is not None and total_loss is not None and total_grad is not None
+    assert total_out is not None
+    assert total_loss is not None
+    assert total_grad is not None
     if draws == 1:
         return Grad(total_out, total_loss, total_grad, 1)
     return Grad(total_out / draws, total_loss / draws, total_grad / draws, draws)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,10 +41,49 @@ class Eot:
 
 
 def eot(clf: Classifier, draws: int) -> Classifier:
-    """Expectation over transformation with ``draws`` draws (Athalye et al. 2018, arXiv 1707.07397); 1 is the identity."""
+    """Expectation over transformation with ``draws`` draws (Athalye et al. 2018, arXiv 1707.07397); 1 is identity."""
     if draws < 1:
         raise ValueError(f"eot draws must be at least 1, got {draws}")
     return clf if draws == 1 else Eot(clf, draws)
+
+
+@dataclass(frozen=True, eq=False)
+class Ensemble:
+    """Several classifiers of the same classes as one: mean logits, or with ``turns`` model i in draw i, i + m, ..."""
+
+    models: tuple[Classifier, ...]
+    turns: bool = False
+
+    @property
+    def randomized(self) -> bool:
+        """Does any of the models draw random numbers?"""
+        return any(base_of(m, "randomized") for m in self.models)
+
+    @property
+    def batchwise(self) -> bool:
+        """Do images influence each other in any of the models?"""
+        return any(base_of(m, "batchwise") for m in self.models)
+
+    def __call__(self, x: Tensor, rng: SampleRNG | None = None) -> Tensor:
+        rng = rng if rng is not None else SampleRNG.rows(x.shape[0])
+        n = len(self.models)
+        if self.turns:
+            return self.models[rng.draw % n](x, rng.at(rng.draw // n))
+        return torch.stack([m(x, rng) for m in self.models]).mean(0)
+
+
+def ensemble(classifiers: Iterable[Classifier], of: str = "logits") -> Classifier:
+    """Several classifiers as one: attacks raise the loss of the mean ``logits``, or the mean of the ``losses``.
+
+    For attacks that should carry over to a model outside the list (Liu et al. 2017, arXiv 1611.02770). Raises
+    ValueError for fewer than two classifiers or another word.
+    """
+    models = tuple(classifiers)
+    if len(models) < 2:
+        raise ValueError(f"an ensemble needs at least 2 classifiers, got {len(models)}")
+    if of not in ("logits", "losses"):
+        raise ValueError(f"of must be logits or losses, got {of!r}")
+    return Ensemble(models) if of == "logits" else Eot(Ensemble(models, turns=True), len(models))
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +123,7 @@ def quantized(clf: Classifier, levels: int = 255) -> Classifier:
 
 @dataclass(frozen=True, eq=False)
 class Resized:
-    """Takes images of any size and brings them to the model's input size inside the gradient path (``space=native``)."""
+    """Takes images of any size and brings them to the model's input size inside the gradient (``space=native``)."""
 
     base: Classifier
     size: int
@@ -167,7 +206,7 @@ def counted(clf: Classifier) -> Counted:
 class Defended:
     """A defense that ends in an embedding: ``encode`` maps pixels to unit features, ``base`` scores them.
 
-    Such defenses work in retrieval too, through ``features``. ``randomized`` and ``batchwise`` repeat what ``Info`` says;
+    Such defenses work in retrieval too, through ``features``. ``randomized`` and ``batchwise`` are as in ``Info``;
     ``seen`` shows the pixels (b, 3, h, w) that the encoder finally reads, where the defense changes pixels.
     """
 
