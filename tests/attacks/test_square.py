@@ -9,7 +9,7 @@ import torch
 from attack_toys import Conv, Fixed, Noisy, images, labels_of, tensor, two_class
 from torch import Tensor
 
-from ironclip.attacks._squares import bump, pyramid, shifted
+from ironclip.attacks._squares import bump, pyramid, shifted, window
 from ironclip.attacks.pgd import FGSM
 from ironclip.attacks.square import Square
 from ironclip.core.ball import norms
@@ -102,19 +102,29 @@ def test_pyramid_by_hand() -> None:
     torch.testing.assert_close(pyramid(3, 3), raw / raw.norm())
 
 
-def test_energy_moves_from_one_window_to_the_other() -> None:
-    delta = tensor(3, 8, 8)
-    delta = delta / delta.norm()
-    before, shape = delta.clone(), bump(3).expand(3, 3, 3)
-    to, off = (slice(0, 3), slice(0, 3)), (slice(5, 8), slice(5, 8))
-    out = shifted(delta, shape, to, off, 1.0)
-    assert float(out.norm()) == pytest.approx(1, abs=1e-6)
-    assert not out[:, 5:, 5:].any()
-    energy = before[:, :3, :3].square().sum((1, 2)) + before[:, 5:, 5:].square().sum((1, 2))
-    torch.testing.assert_close(out[:, :3, :3].square().sum((1, 2)), energy)
-    mask = torch.ones(8, 8, dtype=torch.bool)
-    mask[:3, :3] = mask[5:, 5:] = False
-    torch.testing.assert_close(out[:, mask], before[:, mask])
+@pytest.mark.parametrize("off", [(5, 5), (1, 2)])
+def test_energy_moves_from_one_window_to_the_other(off: tuple[int, int]) -> None:
+    delta = tensor(2, 3, 8, 8)
+    delta = delta / delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    before, shape = delta.clone(), bump(3).flatten().expand(2, 3, 9)
+    zero = torch.zeros(2, dtype=torch.long)
+    to, away = window(zero, zero, 3, 8, 3), window(zero + off[0], zero + off[1], 3, 8, 3)
+    out = shifted(delta.flatten(2), shape, to, away, 1.0).view(2, 3, 8, 8)
+    torch.testing.assert_close(out.flatten(1).norm(dim=1), torch.ones(2))
+    source, goal = torch.zeros(8, 8, dtype=torch.bool), torch.zeros(8, 8, dtype=torch.bool)
+    goal[:3, :3] = True
+    source[off[0] : off[0] + 3, off[1] : off[1] + 3] = True
+    assert not out[:, :, source & ~goal].any()
+    energy = before[:, :, source | goal].square().sum(2)
+    torch.testing.assert_close(out[:, :, goal].square().sum(2), energy)
+    torch.testing.assert_close(out[:, :, ~(source | goal)], before[:, :, ~(source | goal)])
+
+
+def test_windows_by_hand() -> None:
+    got = window(torch.tensor([0, 1]), torch.tensor([2, 0]), 2, 5, 3)
+    assert got.shape == (2, 3, 4)
+    assert got[0, 0].tolist() == [2, 3, 7, 8]
+    assert got[1, 2].tolist() == [5, 6, 10, 11]
 
 
 def test_early_leave_changes_no_flag_and_random_classifiers_never_leave(conv: Conv) -> None:

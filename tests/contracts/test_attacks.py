@@ -203,6 +203,19 @@ def test_eight_images_together_equal_eight_alone(results: dict, clf: ZeroShot, b
         assert int(one.backwards[0]) == int(whole.backwards[i])
 
 
+@pytest.mark.parametrize("text", [c for c in CASES if c.id not in COUPLED])
+def test_memory_layout_and_gradient_mode_do_not_matter(results: dict, clf: ZeroShot, batch: tuple, text: str) -> None:
+    x, y, rng = batch
+    x = x[:2].contiguous(memory_format=torch.channels_last).requires_grad_(True)
+    with torch.no_grad():
+        other = build_attack(text)(clf, x, y[:2], rng=rng[:2])
+    torch.testing.assert_close(other.x_adv, results[text][0].x_adv[:2], atol=1e-5, rtol=0)
+    assert not other.x_adv.requires_grad
+    with torch.enable_grad():
+        assert not build_attack(text)(clf, x, y[:2], rng=rng[:2]).x_adv.requires_grad
+    assert x.grad is None
+
+
 @pytest.mark.parametrize("text", CASES)
 def test_the_model_is_left_alone(clf: ZeroShot, batch: tuple, text: str) -> None:
     x, y, rng = batch

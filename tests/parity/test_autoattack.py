@@ -14,12 +14,14 @@ from attack_toys import Conv, images, labels_of
 from torch import Tensor
 
 from ironclip.attacks.apgd import APGD, APGDT, ranked
+from ironclip.attacks.autoattack import AutoAttack
 from ironclip.attacks.fab import FABT
 from ironclip.core.ball import norms, start_delta
 from ironclip.core.losses import margin
 from ironclip.core.rng import SampleRNG
 
 pytest.importorskip("pyautoattack")
+import pyautoattack
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.fab_pt import FABAttack_PT
 
@@ -120,3 +122,29 @@ def test_fab_t_deterministic_from_the_clean_image(problem: tuple, norm: str) -> 
     assert float(close.float().mean()) >= 0.97
     assert abs(int((mine <= eps).sum()) - int((size <= eps).sum())) <= 1
     assert 20 < int((mine <= eps).sum()) < 95
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_whole_ensemble_with_streams_of_its_own(problem: tuple, norm: str) -> None:
+    """The four members in the published order and settings, but 3 targets and 200 queries."""
+    clf, x, y = problem
+    members = ("APGD()", "APGDT(targets=3)", "FABT(targets=3)", "Square(queries=200)")
+    ours = AutoAttack(eps=EPS[norm], norm=norm, members=members)(clf, x, y, rng=RNG)
+    peer = pyautoattack.AutoAttack(
+        clf,
+        attacks=["apgd-ce", "apgd-t", "fab-t", "square"],
+        version="custom",
+        norm=PEER[norm],
+        eps=float(EPS[norm]),
+        seed=0,
+    )
+    peer.apgd.n_restarts = 1
+    peer.apgd_targeted.n_target_classes = peer.fab.n_target_classes = 3
+    peer.square.n_queries = 200
+    state = torch.random.get_rng_state()
+    found, _ = peer.run_standard_evaluation(x, y, batch_size=N)
+    torch.random.set_rng_state(state)
+    theirs = labels_of(clf, found) != y
+    assert 20 < int(theirs.sum()) < 95
+    assert abs(int(ours.success.sum()) - int(theirs.sum())) <= 2
+    assert int((ours.success ^ theirs).sum()) <= 2

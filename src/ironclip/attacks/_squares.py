@@ -34,35 +34,30 @@ def tiles(x: Tensor, eps: float, rng: SampleRNG) -> Tensor:
     return (x + eps * delta / size).clamp_(0.0, 1.0)
 
 
-Window = tuple[slice, slice]
+def window(top: Tensor, left: Tensor, side: int, w: int, c: int) -> Tensor:
+    """(n, c, side^2) places of one square per image in images of width ``w`` laid flat; ``top``, ``left``: (n,)."""
+    run = torch.arange(side, device=top.device)
+    places = (top[:, None, None] + run[:, None]) * w + left[:, None, None] + run
+    return places.flatten(1)[:, None].expand(-1, c, -1)
 
 
-def shifted(delta: Tensor, shape: Tensor, to: Window, off: Window, eps: float) -> Tensor:
+def shifted(delta: Tensor, shape: Tensor, to: Tensor, off: Tensor, eps: float) -> Tensor:
     """Move the energy of window ``off``, and what is missing to norm eps, into window ``to``.
 
-    ``delta``: (c, h, w), changed in place; ``shape``: (c, s, s) bumps of norm 1. Window ``to`` gets the bump plus what
-    it held, both as directions, at the energy that both windows had together in that channel plus an equal share of the
-    missing one; window ``off`` is emptied, and all is scaled to norm eps.
+    ``delta``: (n, c, h w), changed in place; ``shape``: (n, c, side^2) bumps of norm 1; ``to``, ``off``: places from
+    ``window``. Window ``to`` gets the bump plus what it held, both as directions, at the energy that both windows had
+    together in that channel plus an equal share of the missing one; ``off`` is emptied, all is scaled to norm eps.
     """
-    c = delta.shape[0]
-    square = delta.square()
-    both = (
-        square[(slice(None), *to)].sum((1, 2)) + square[(slice(None), *off)].sum((1, 2)) - _overlap(square, to, off)
-    )[:, None, None]
-    missing = (eps**2 - square.sum()).clamp(min=0.0) / c
-    held = delta[(slice(None), *to)]
-    new = shape + held / held.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None]
-    new = new / new.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None] * (missing + both).clamp(min=0.0).sqrt()
-    delta[(slice(None), *off)] = 0.0
-    delta[(slice(None), *to)] = new
-    return delta.mul_(eps / delta.norm().clamp(min=1e-12))
-
-
-def _overlap(square: Tensor, a: Window, b: Window) -> Tensor:
-    r, q = (slice(max(u.start, v.start), min(u.stop, v.stop)) for u, v in zip(a, b, strict=True))
-    if r.start >= r.stop or q.start >= q.stop:
-        return square.new_zeros(square.shape[0])
-    return square[:, r, q].sum((1, 2))
+    missing = (eps**2 - delta.square().sum(dim=(1, 2))).clamp_(min=0.0) / delta.shape[1]
+    held = delta.gather(2, to)
+    empty = torch.zeros_like(held)
+    energy = held.square().sum(dim=2)
+    delta.scatter_(2, to, empty)
+    energy += delta.gather(2, off).square().sum(dim=2) + missing[:, None]
+    new = shape + held / held.norm(dim=2, keepdim=True).clamp_(min=1e-12)
+    new.mul_(energy.sqrt_()[:, :, None] / new.norm(dim=2, keepdim=True).clamp_(min=1e-12))
+    delta.scatter_(2, off, empty).scatter_(2, to, new)
+    return delta.mul_(eps / delta.flatten(1).norm(dim=1).clamp_(min=1e-12)[:, None, None])
 
 
 @lru_cache(maxsize=256)

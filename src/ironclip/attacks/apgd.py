@@ -79,6 +79,7 @@ class APGD:
         check_choice(self.loss, UNTARGETED, "loss")
         _check(self)
 
+    @torch.no_grad()
     def __call__(self, clf: Classifier, x: Tensor, y: Tensor, *, rng: SampleRNG) -> AttackResult:
         """Attack one batch."""
         goal, run = Objective(self.loss, x, y), _run(self)
@@ -128,6 +129,7 @@ class APGDT:
         if self.targets < 1:
             raise ValueError(f"targets must be at least 1, got {self.targets}")
 
+    @torch.no_grad()
     def __call__(self, clf: Classifier, x: Tensor, y: Tensor, *, rng: SampleRNG) -> AttackResult:
         """Attack one batch."""
         run, stream = _run(self), rng.fold("apgd_t")

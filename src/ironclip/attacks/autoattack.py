@@ -89,6 +89,7 @@ class AutoAttack:
         """The random stream of a member: it depends on nothing but its spec and the samples."""
         return rng.fold("autoattack", member)
 
+    @torch.no_grad()
     def __call__(self, clf: Classifier, x: Tensor, y: Tensor, *, rng: SampleRNG) -> AttackResult:
         """Attack one batch: ``x``: (b, 3, h, w) pixels in [0, 1], ``y``: (b,) labels."""
         view = eot(clf, self.eot) if draws_of(clf) == 1 else clf

@@ -61,6 +61,7 @@ class CW:
                 "write c=1e-3, lr=1e-2, kappa=0"
             )
 
+    @torch.no_grad()
     def __call__(self, clf: Classifier, x: Tensor, y: Tensor, *, rng: SampleRNG) -> AttackResult:
         """Attack one batch."""
         goal, everyone, tally = Objective("margin", x, y), torch.arange(x.shape[0], device=x.device), Tally(x)

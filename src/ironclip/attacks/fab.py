@@ -68,6 +68,7 @@ class FABT:
                 f"got {self.alpha_max}, {self.eta}, {self.beta}; write alpha_max=0.1, eta=1.05, beta=0.9"
             )
 
+    @torch.no_grad()
     def __call__(self, clf: Classifier, x: Tensor, y: Tensor, *, rng: SampleRNG) -> AttackResult:
         """Attack one batch."""
         stream = rng.fold("fab_t")

@@ -72,6 +72,7 @@ class FeaturePGD:
         if self.steps < 0:
             raise ValueError(f"steps must be >= 0, got {self.steps}")
 
+    @torch.no_grad()
     def __call__(
         self, clf: Classifier, x: Tensor, y: Tensor, *, rng: SampleRNG, target: Tensor | None = None
     ) -> AttackResult:

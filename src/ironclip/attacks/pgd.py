@@ -102,6 +102,7 @@ class PGD:
             return self.alpha
         return (self.rel_alpha or Fraction(5, 2 * max(self.steps, 1))) * self.eps
 
+    @torch.no_grad()
     def __call__(
         self, clf: Classifier, x: Tensor, y: Tensor, *, rng: SampleRNG, target: Tensor | None = None
     ) -> AttackResult:
@@ -145,6 +146,7 @@ class FGSM:
         check_choice(self.norm, NORMS, "norm")
         object.__setattr__(self, "eps", check_eps(self.eps, self.norm))
 
+    @torch.no_grad()
     def __call__(self, clf: Classifier, x: Tensor, y: Tensor, *, rng: SampleRNG) -> AttackResult:
         """Attack one batch."""
         size = float(self.eps)

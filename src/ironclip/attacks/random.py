@@ -40,6 +40,7 @@ class RandomPoints:
         if self.points < 1:
             raise ValueError(f"points must be at least 1, got {self.points}")
 
+    @torch.no_grad()
     def __call__(self, clf: Classifier, x: Tensor, y: Tensor, *, rng: SampleRNG) -> AttackResult:
         """Attack one batch: ``x``: (b, 3, h, w) pixels in [0, 1], ``y``: (b,) labels."""
         check_images(x)

@@ -54,6 +54,7 @@ class RayS:
         if self.queries < 1 or self.tol <= 0:
             raise ValueError(f"queries must be at least 1 and tol positive, got {self.queries} and {self.tol}")
 
+    @torch.no_grad()
     def __call__(self, clf: Classifier, x: Tensor, y: Tensor, *, rng: SampleRNG) -> AttackResult:
         """Attack one batch."""
         goal, everyone, tally = Objective("margin", x, y), torch.arange(x.shape[0], device=x.device), Tally(x)
@@ -63,7 +64,7 @@ class RayS:
         tally.spend(everyone, draws)
         tally.offer(everyone, x, clean, wrong)
         radius, found = (~wrong).to(x), wrong.clone()
-        kept, trial = torch.ones_like(x), torch.ones_like(x)
+        kept, trial = (torch.ones(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
         rows, walks = (~wrong).nonzero().flatten(), [_Walk(x[0].numel(), self.tol) for _ in range(x.shape[0])]
         lines, quick = [], self.policy == "first_success" and independent(clf)
         for query in range(self.queries):

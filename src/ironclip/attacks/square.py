@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ironclip.attacks._objective import Objective
-from ironclip.attacks._squares import bump, shifted, stripes, tiles
+from ironclip.attacks._squares import bump, shifted, stripes, tiles, window
 from ironclip.attacks._tally import Tally, absorb, independent, value
 from ironclip.core.check import check_choice, check_eps
 from ironclip.core.grad import draws_of
@@ -64,6 +64,7 @@ class Square:
         if not 0 < self.p <= 1:
             raise ValueError(f"p must be in (0, 1], got {self.p}; write 0.8")
 
+    @torch.no_grad()
     def __call__(self, clf: Classifier, x: Tensor, y: Tensor, *, rng: SampleRNG) -> AttackResult:
         """Attack one batch."""
         goal, total = Objective(self.loss, x, y), None
@@ -92,7 +93,7 @@ class Square:
     def _run(self, clf: Classifier, x: Tensor, goal: Objective, rng: SampleRNG, drop: bool) -> AttackResult:
         (b, c, h, w), eps, draws = x.shape, float(self.eps), draws_of(clf)
         rows, noise, moves_of = torch.arange(b, device=x.device), rng.fold("defense"), rng.fold("moves")
-        first = stripes(x, eps, rng) if self.norm == "linf" else tiles(x, eps, rng)
+        first = (stripes(x, eps, rng) if self.norm == "linf" else tiles(x, eps, rng)).contiguous()
         tally, lines = Tally(x, self.queries), []
 
         def ask(points: Tensor, query: int) -> tuple[Tensor, Tensor]:
@@ -113,28 +114,28 @@ class Square:
                     break
             if query % BLOCK == 0:
                 s["moves"] = moves_of.at(query // BLOCK).uniform(BLOCK, c + 5)
-            u, side = s["moves"][:, query % BLOCK], self.side(query, h, w)
-            tops, lefts = (u[:, 0] * (h - side + 1)).long().tolist(), (u[:, 1] * (w - side + 1)).long().tolist()
-            signs = (u[:, 5:] < 0.5).to(x).mul_(2).sub_(1)[:, :, None, None]
-            windows = [(slice(t, t + side), slice(left, left + side)) for t, left in zip(tops, lefts, strict=True)]
+            u, side = s["moves"][:, query % BLOCK].to(x), self.side(query, h, w)
+            spots = [(u[:, k] * (size - side + 1)).long() for k, size in enumerate((h, w, h, w))]
+            signs, to = (u[:, 5:] < 0.5).to(x).mul_(2).sub_(1)[:, :, None], window(spots[0], spots[1], side, w, c)
+            best, new = s["best"].flatten(2), s["new"].flatten(2)
             if self.norm == "linf":
-                for i, (r, q) in enumerate(windows):
-                    patch = torch.add(s["best"][i, :, r, q], signs[i], alpha=2 * eps)
-                    s["new"][i, :, r, q] = patch.clamp_(s["low"][i, :, r, q], s["high"][i, :, r, q])
+                old, low, high = best.gather(2, to), s["low"].flatten(2), s["high"].flatten(2)
+                fresh = torch.add(old, signs, alpha=2 * eps).clamp_(low.gather(2, to), high.gather(2, to))
+                new.scatter_(2, to, fresh)
             else:
-                tops2, lefts2 = (u[:, 2] * (h - side + 1)).long().tolist(), (u[:, 3] * (w - side + 1)).long().tolist()
-                for i, (r, q) in enumerate(windows):
-                    other = (slice(tops2[i], tops2[i] + side), slice(lefts2[i], lefts2[i] + side))
-                    shape = bump(side).to(x)
-                    shape = signs[i] * (shape if u[i, 4] < 0.5 else shape.T)
-                    delta = shifted(s["best"][i] - s["x"][i], shape, (r, q), other, eps)
-                    s["new"][i] = delta.add_(s["x"][i]).clamp_(0.0, 1.0)
+                shape = bump(side).to(x)
+                turned = torch.where((u[:, 4] < 0.5)[:, None], shape.flatten(), shape.T.flatten())[:, None]
+                off = window(spots[2], spots[3], side, w, c)
+                at = s["x"].flatten(2)
+                torch.add(at, shifted(best - at, signs * turned, to, off, eps), out=new).clamp_(0.0, 1.0)
             now, hit = ask(s["new"], query + 1)
-            kept = tally.offer(rows, s["new"], now, hit, query + 1).tolist()
-            for i, (r, q) in enumerate(windows):
-                area = (i, slice(None), r, q) if self.norm == "linf" else (i,)
-                source, goes = (s["new"], s["best"]) if kept[i] else (s["best"], s["new"])
-                goes[area] = source[area]
+            kept = tally.offer(rows, s["new"], now, hit, query + 1).view(-1, 1, 1)
+            if self.norm == "linf":
+                chosen = torch.where(kept, fresh, old)
+                best.scatter_(2, to, chosen)
+                new.scatter_(2, to, chosen)
+            else:
+                s["best"] = torch.where(kept, new, best).view_as(s["best"])
             if self.trace:
                 lines.append(tally.loss.clone())
         result = tally.result()

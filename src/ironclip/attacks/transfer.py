@@ -76,6 +76,7 @@ class Transfer:
         if self.ti < 0 or (self.ti and self.ti % 2 == 0) or self.ti_sigma <= 0:
             raise ValueError(f"ti must be 0 or an odd side and ti_sigma positive, got {self.ti} and {self.ti_sigma}")
 
+    @torch.no_grad()
     def __call__(self, clf: Classifier, x: Tensor, y: Tensor, *, rng: SampleRNG) -> AttackResult:
         """Attack one batch."""
         goal = Objective(self.loss, x, y)

@@ -59,10 +59,12 @@ class Universal:
         if self.epochs < 1 or self.batch_size < 1:
             raise ValueError(f"epochs and batch_size must be at least 1, got {self.epochs} and {self.batch_size}")
 
+    @torch.no_grad()
     def fit(self, clf: Classifier, x: Tensor, y: Tensor, *, rng: SampleRNG) -> Tensor:
         """The perturbation (1, 3, h, w); add it to any image and clamp to [0, 1]."""
         return self._fit(clf, x, y, rng, Tally(x, self.epochs))
 
+    @torch.no_grad()
     def __call__(self, clf: Classifier, x: Tensor, y: Tensor, *, rng: SampleRNG) -> AttackResult:
         """Fit on the batch, judge on the batch."""
         tally = Tally(x, self.epochs)
