@@ -135,7 +135,7 @@ def load_hf(rest: str) -> VLM:
     else:
         source, _, revision = rest.partition("@")
         options |= {"revision": revision} if revision else {}
-    with _explained(rest):
+    with _explained(rest), _quiet():
         config = AutoConfig.from_pretrained(source, **options)
         kinds: dict[str, tuple[Any, Any]] = {"clip": (CLIPModel, wrap_clip), "siglip": (SiglipModel, wrap_siglip)}
         if config.model_type not in kinds:
@@ -157,6 +157,20 @@ def load_hf(rest: str) -> VLM:
             raise ValueError(f"hf:{rest}: the weights lack {len(lost)} tensors, the first is {lost[0]!r}")
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     return wrap(model, tokenizer, f"hf:{rest}", **pixels)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bar of transformers' own while a local file is read in a blink."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _pixels(source: str, options: dict[str, Any]) -> dict[str, Any]:
