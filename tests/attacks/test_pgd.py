@@ -350,3 +350,12 @@ def test_step_of_relative_presets_follows_eps() -> None:
     fare = build_attack("fare-train")
     assert isinstance(fare, FeaturePGD)
     assert (fare.eps, fare.alpha, fare.steps, fare.momentum) == (Fraction(2, 255), Fraction(1, 255), 10, 0.9)
+
+
+def test_gradients_that_share_memory_are_not_written_to() -> None:
+    """The gradient of a sum is one number seen everywhere; the label ranks third, so dlr gives way to the margin."""
+    clf = Fixed(lambda v: v.sum((1, 2, 3))[:, None] * 0.01 + torch.tensor([0.0, 2.0, 5.0, -9.0]))
+    x, y = images(3), torch.zeros(3, dtype=torch.long)
+    result = PGD(eps=EPS, loss="dlr", steps=2)(clf, x, y, rng=SampleRNG.rows(3))
+    assert bool(result.zero_grad.all())
+    assert bool(result.success.all())

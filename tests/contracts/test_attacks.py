@@ -246,6 +246,14 @@ def test_budget_zero_returns_the_image(clf: ZeroShot, batch: tuple, text: str) -
 
 
 @pytest.mark.parametrize("text", CASES)
+def test_an_empty_batch_gives_an_empty_result(clf: ZeroShot, batch: tuple, text: str) -> None:
+    x, y, rng = batch
+    result = build_attack(text)(clf, x[:0], y[:0], rng=rng[:0])
+    assert result.x_adv.shape == (0, *x.shape[1:])
+    assert result.success.shape == result.loss.shape == result.forwards.shape == (0,)
+
+
+@pytest.mark.parametrize("text", CASES)
 def test_spec_reads_back(text: str) -> None:
     attack = build_attack(text)
     assert build_attack(repr(attack)) == attack

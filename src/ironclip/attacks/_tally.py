@@ -41,7 +41,12 @@ class Tally:
 
     def gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
         """Note where the gradients (n, 3, h, w) of some rows are zero; returns their zero shares (n,)."""
-        share = 1 - grad.flatten(1).count_nonzero(dim=1) / grad[0].numel()
+        counts = (
+            [g.count_nonzero() for g in grad] if grad.is_cpu and len(grad) else [grad.flatten(1).count_nonzero(dim=1)]
+        )
+        share = (
+            1 - torch.stack(counts).flatten() / grad.shape[1:].numel()
+        )  # image by image is three times faster on a CPU
         self.zero_grad[rows] |= share == 1
         self.zero_pixels[rows] += share
         self.grads[rows] += 1
@@ -50,7 +55,10 @@ class Tally:
     def offer(
         self, rows: Tensor, at: Tensor, loss: Tensor, hit: Tensor, step: int = 0, rank: Tensor | None = None
     ) -> Tensor:
-        """Keep better points: fooling first, then the higher ``rank`` (the loss). Returns which, (n,)."""
+        """Keep better points of ``rows`` (ascending): fooling first, then the higher ``rank`` (the loss).
+
+        Returns which were kept, (n,).
+        """
         rank = loss if rank is None else rank
         old = self.hit[rows]
         better = (hit & ~old) | ((hit == old) & (rank > self.rank[rows]))
@@ -58,7 +66,10 @@ class Tally:
             better = torch.ones_like(better)
         if bool(better.any()):
             kept = rows[better]
-            self.x_adv[kept] = at[better]
+            if len(kept) == len(self.x_adv):
+                self.x_adv.copy_(at)
+            else:
+                self.x_adv[kept] = at[better]
             self.loss[kept], self.rank[kept], self.hit[kept] = loss[better], rank[better], hit[better]
         self.final[rows] = loss
         if step == 0:
@@ -137,7 +148,7 @@ def gradient(
     g = loss_and_grad(clf, x, mixed(loss, rescue, rows, swapped), rng)
     tally.spend(rows, draws, draws)
     if rescue is not None:
-        dead = ~g.grad.flatten(1).any(dim=1) & ~before
+        dead = (g.grad.flatten(1).abs().amax(dim=1) == 0) & ~before
         if bool(dead.any()):
             tally.zero_grad[rows[dead]] = True
             other, at = rescue, rows[dead]
@@ -145,8 +156,9 @@ def gradient(
             tally.spend(at, draws, draws)
             tally.restart(at)
             swapped[at] = True
-            g.grad[dead], g.loss[dead] = again.grad, again.loss
-            return g, dead
+            grad, now = g.grad.clone(), g.loss.clone()  # autograd may hand out views
+            grad[dead], now[dead] = again.grad, again.loss
+            return Grad(g.out, now, grad, draws), dead
     return g, torch.zeros(len(rows), dtype=torch.bool, device=x.device)
 
 

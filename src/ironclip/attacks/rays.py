@@ -81,7 +81,7 @@ class RayS:
                 walks[i].hear(hit, r, kept[i].view(-1), trial[i].view(-1))
             if self.trace:
                 lines.append(torch.where(found, radius, torch.inf))
-        searching = torch.tensor([w.searching for w in walks], device=x.device).view(-1, 1, 1, 1)
+        searching = torch.tensor([w.searching for w in walks], dtype=torch.bool, device=x.device).view(-1, 1, 1, 1)
         size = torch.where(wrong, 0.0, radius.clamp(max=eps)).view(-1, 1, 1, 1)
         last = (x + torch.where(searching, trial, kept) * size).clamp_(0.0, 1.0)
         todo = (~wrong).nonzero().flatten()

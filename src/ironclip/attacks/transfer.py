@@ -118,7 +118,7 @@ class Diverse:
                 image = F.interpolate(image[None], (sh, sw), mode="bilinear", align_corners=False)[0]
                 image = F.pad(image, (q, w - sw - q, t, h - sh - t))
             rows.append(image)
-        return self.base(torch.stack(rows), rng)
+        return self.base(torch.stack(rows) if rows else x, rng)
 
 
 def diverse(clf: Classifier, p: float, low: float = 0.9) -> Classifier:

@@ -82,7 +82,7 @@ class Universal:
         alpha = float(self.alpha if self.alpha is not None else self.eps / 10)
         stream = rng.fold("universal")
         start = SampleRNG(rng.seed, (0,)).fold("universal", "start")
-        delta = start_delta(x[:1], float(self.eps), self.norm, "uniform", start)
+        delta = start_delta(x.new_zeros(1, *x.shape[1:]), float(self.eps), self.norm, "uniform", start)
         for epoch in range(self.epochs):
             order = stream.fold("order").at(epoch).uniform(1).flatten().argsort(stable=True).to(x.device)
             for rows in order.split(self.batch_size):
