@@ -164,6 +164,9 @@ def test_other_settings_are_refused_with_the_difference(whole: Path, data: Any, 
     assert "steps" not in text
     with pytest.raises(ValueError, match=r"data.name: shapes:train there, shapes:test now|data.images: 50000 there"):
         pretrain(MICRO, load_data("shapes:test", 16), val, whole)
+    redrawn = replace(data, read=lambda rows: 1 - data.read(rows))
+    with pytest.raises(ValueError, match=r"settings: data.content: [0-9a-f]{64} there, [0-9a-f]{64} now"):
+        pretrain(MICRO, redrawn, val, whole)
     pretrain(replace(MICRO, log_every=1), data, val, whole)  # how often to write is not a setting of the model
 
 

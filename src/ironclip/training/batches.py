@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ironclip.core.rng import SampleRNG
@@ -51,3 +54,10 @@ def pick_captions(data: Captioned, rows: Sequence[int], seed: int, step: int) ->
     offered = [data.captions(i) for i in rows]
     draw = SampleRNG.of(seed, [f"caption/{i}" for i in rows]).at(step).uniform().tolist()
     return [texts[int(u * len(texts))] for texts, u in zip(offered, draw, strict=True)]
+
+
+def content_hash(x: Tensor, captions: Sequence[Sequence[str]]) -> str:
+    """SHA-256 (hex) of images (n, 3, h, w) in [0, 1], as bytes, and their captions: ids say nothing of a renderer."""
+    digest = hashlib.sha256((x * 255).round().to(torch.uint8).contiguous().numpy().tobytes())
+    digest.update(json.dumps(captions, ensure_ascii=True).encode())
+    return digest.hexdigest()

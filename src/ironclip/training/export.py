@@ -53,5 +53,6 @@ def save_model(model: Any, tokenizer: Any, out: Path, image_size: int) -> dict[s
         hashes = {}
         for path in sorted(aside.iterdir()):
             hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            path.chmod(0o644)  # the weights' writer keeps them to its user
             os.replace(path, out / path.name)
     return hashes

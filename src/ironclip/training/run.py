@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ironclip.training.architecture import MEAN, STD, build_clip, log_scale_cap, whiten_patches
-from ironclip.training.batches import Captioned, Images, order, pick_captions
+from ironclip.training.batches import Captioned, Images, content_hash, order, pick_captions
 from ironclip.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_json, write_text
 from ironclip.training.config import Pretrain, differences
 from ironclip.training.export import save_model
@@ -51,7 +51,12 @@ class Run:
         self.recent: dict[str, Any] = {}
         self.settings = {
             "config": json.loads(json.dumps(dataclasses.asdict(config))),
-            "data": {"name": data.name, "images": len(data), "manifest_hash": data.manifest_hash},
+            "data": {
+                "name": data.name,
+                "images": len(data),
+                "manifest_hash": data.manifest_hash,
+                "content": content_hash(x, [data.captions(i) for i in first]),
+            },
             "validation": {"name": val.name, "images": len(val), "manifest_hash": val.manifest_hash},
         }
 
