@@ -55,7 +55,6 @@ def main(argv: list[str] | None = None) -> int:
         err.show()
         code = 2
     except (KeyboardInterrupt, click.exceptions.Abort):
-        print("interrupted; finished batches are kept, run the same command to go on", file=sys.stderr)
         code = 130
     except OSError as err:
         if err.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -69,6 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, ImportError) as err:
         print(f"error: {err}", file=sys.stderr)
         code = 2
+    if code == 130:  # typer turns an interrupt into this status by itself
+        print("interrupted; finished batches are kept, run the same command to go on", file=sys.stderr)
     if argv is None:
         raise SystemExit(code)
     return code
