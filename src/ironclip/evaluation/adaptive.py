@@ -169,6 +169,8 @@ class Trial:
             if value < float(self.value[i]):
                 self.pred[i] = min((r[self.ids[i]] for r in static), key=lambda r: r["correct"])["pred"]
         self.value = torch.minimum(self.value, got)
+        if member.white:
+            self.white = torch.minimum(self.white, got)
         self.correct.append(got)
         self.ran.append(torch.full_like(self.tie, bool(static)))
         self.dead.append(torch.zeros_like(self.tie))

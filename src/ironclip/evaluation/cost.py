@@ -52,7 +52,7 @@ def cost_key(block: Block, entry: Entry) -> str:
     )
 
 
-def cost(block: Block, entry: Entry, seconds: float = 2.0) -> dict[str, Any]:
+def cost(block: Block, entry: Entry, seconds: float = 1.0) -> dict[str, Any]:
     """Timings of a defense on this model and class list, measured once per store."""
     defended = entry.defense.apply(block.clf, entry.state)
     key = cost_key(block, entry)

@@ -92,7 +92,7 @@ BLACKBOX = (Member("random", "through", attack="random", eot=False, white=False)
 """What a query-only attacker runs through the whole defense."""
 
 RECIPES: dict[str, tuple[Member, ...]] = {
-    "none": (*_WHITE, *_TRANSFER),
+    "none": (*_WHITE, _TRANSFER[0], Member("transfer", "static", white=True)),
     "averaging": (*_WHITE, Member("base-margin", "base", loss="margin"), *_TRANSFER),
     "counterattack": (
         Member("bpda-ce", "surrogate:bpda"),
@@ -125,7 +125,7 @@ def members_for(kind: str, surrogates: tuple[str, ...], penalty: bool, extra: tu
     white = [m for m in (*listed, *extra) if m.view != "static" and m.white]
     named = {m.view for m in white}
     white += [Member(s, f"surrogate:{s}") for s in surrogates if f"surrogate:{s}" not in named]
-    late = [m for m in (*listed, *extra) if not m.white]
+    late = [m for m in (*listed, *extra) if not m.white or m.view == "static"]
     kept = []
     for m in (*white, *late):
         if m.view.startswith("surrogate:") and m.view.split(":")[1] not in surrogates:

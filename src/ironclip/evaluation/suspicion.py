@@ -49,14 +49,14 @@ def answer_flags(rows: Sequence[dict[str, Any]]) -> list[str]:
 def adaptive_flags(rows: Sequence[dict[str, Any]], members: Sequence[dict[str, Any]]) -> list[str]:
     """Flags of a composition.
 
-    ``zero-grad`` only if no white-box member had a usable gradient; ``bb-beats-wb`` if transfer or black-box members
-    break more than 0.2 points that no white-box member broke; ``random-beats`` if random points do.
+    ``zero-grad`` only if no white-box member had a usable gradient; ``bb-beats-wb`` if transfer or black-box members break
+    more than 0.2 points, and more than one image, that no white-box member broke; ``random-beats`` if random points do.
     """
     n = len(rows)
     if not n:
         return []
     flags = []
-    white = [i for i, m in enumerate(members) if m["white"]]
+    white = [i for i, m in enumerate(members) if m["white"] and m["view"] != "static"]
     usable = 0
     for i in white:
         ran = [r for r in rows if r["ran"][i]]
@@ -66,7 +66,7 @@ def adaptive_flags(rows: Sequence[dict[str, Any]], members: Sequence[dict[str, A
     if white and not usable:
         flags.append("zero-grad")
     only_other = [r for r in rows if _broken_only_by(r, members, white=False)]
-    if len(only_other) / n > 0.002:
+    if len(only_other) > max(1, 0.002 * n):
         flags.append("bb-beats-wb")
     points = [i for i, m in enumerate(members) if m["name"] == "random"]
     if points and any(r["ran"][points[0]] and r["correct"][points[0]] < r["white_correct"] for r in rows):
