@@ -49,8 +49,9 @@ def answer_flags(rows: Sequence[dict[str, Any]]) -> list[str]:
 def adaptive_flags(rows: Sequence[dict[str, Any]], members: Sequence[dict[str, Any]]) -> list[str]:
     """Flags of a composition.
 
-    ``zero-grad`` only if no white-box member had a usable gradient; ``bb-beats-wb`` if transfer or black-box members break
-    more than 0.2 points, and more than one image, that no white-box member broke; ``random-beats`` if random points do.
+    ``zero-grad`` only if no white-box member had a usable gradient; ``bb-beats-wb`` if transfer or black-box members
+    break more than 0.2 points, and more than one image, that no white-box member broke; ``random-beats`` if random
+    points do.
     """
     n = len(rows)
     if not n:
