@@ -122,8 +122,3 @@ def build(text: str) -> Any:
     if name.lower() in {n.lower() for n in attacks}:
         return spec.parse(text, attacks, "attack")
     raise ValueError(unknown("attack or defense", name, [*attacks, *defenses]))
-
-
-def defense_name(defense: Defense) -> str:
-    """Registry name of a defense object."""
-    return defense.info.name

@@ -138,11 +138,6 @@ class Loop:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def detached_cpu(state: State) -> State:
-    """A state that is safe to store: contiguous copies without graph, on the CPU."""
-    return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.items()}
-
-
 def prediction(logits: Logits) -> Labels:
     """Class with the highest logit; the lowest index among exactly equal ones."""
     best = logits.max(dim=-1, keepdim=True).values

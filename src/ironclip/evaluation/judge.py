@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,10 +28,6 @@ class Verdict:
     flips: Tensor
     probabilities: Tensor
     logits: Tensor
-
-    def select(self, mask: Tensor) -> Verdict:
-        """The verdicts of some rows."""
-        return Verdict(*(getattr(self, f)[mask] for f in self.__dataclass_fields__))
 
 
 def is_random(clf: Classifier) -> bool:
@@ -71,11 +66,3 @@ def judge(clf: Classifier, x: Tensor, y: Tensor, rng: SampleRNG, draws: int = 1)
         probabilities=probs,
         logits=logits0,
     )
-
-
-def in_batches(
-    fn: Callable[[Tensor, Tensor, SampleRNG], Verdict], x: Tensor, y: Tensor, rng: SampleRNG, size: int
-) -> Verdict:
-    """``judge`` over pieces of at most ``size`` images, joined."""
-    pieces = [fn(x[i : i + size], y[i : i + size], rng[i : i + size]) for i in range(0, x.shape[0], size)]
-    return Verdict(*(torch.cat([getattr(p, f) for p in pieces]) for f in Verdict.__dataclass_fields__))

@@ -7,7 +7,7 @@ Members that do not apply (no randomness to average, no such surrogate) drop out
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 
 from ironclip.core.check import check_choice
@@ -134,8 +134,3 @@ def members_for(kind: str, surrogates: tuple[str, ...], penalty: bool, extra: tu
             continue
         kept.append(m)
     return kept
-
-
-def without_eot(member: Member) -> Member:
-    """The member as it runs on a defense that draws nothing."""
-    return replace(member, eot=False)

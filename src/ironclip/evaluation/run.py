@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
@@ -56,7 +56,6 @@ class Job:
     merge_duplicates: bool = True
     adaptive_limit: int | None = None
     costs: bool = True
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def evaluate(
