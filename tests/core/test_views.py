@@ -10,7 +10,7 @@ from ironclip.attacks.pgd import PGD
 from ironclip.core.grad import NoGradientError, draws_of, loss_and_grad
 from ironclip.core.losses import ce, cosine
 from ironclip.core.rng import SampleRNG
-from ironclip.core.views import base_of, counted, eot, in_space, quantized, straight_through
+from ironclip.core.views import base_of, counted, eot, quantized, straight_through
 
 
 def test_eot_averages_gradients_over_its_own_draws() -> None:
@@ -91,20 +91,6 @@ def test_quantized_rounds_the_value_and_passes_the_gradient() -> None:
     g = loss_and_grad(view, x, lambda z: z.sum(1), None)
     torch.testing.assert_close(seen[0], (x * 255).round() / 255, atol=1e-7, rtol=0)
     assert g.grad.flatten(1)[:, :2].eq(3).all()
-
-
-def test_spaces() -> None:
-    sizes = []
-    base = Fixed(lambda v: sizes.append(v) or v.mean((2, 3))[:, :2])
-    x = images(2, size=32)
-    assert in_space(base, "model-input", 16) is base
-    in_space(base, "native", 16)(x)
-    in_space(base, "file", 16)(x)
-    assert [tuple(s.shape[-2:]) for s in sizes] == [(16, 16)] * 2
-    assert bool(((sizes[1] * 0 + 1) > 0).all())
-    assert loss_and_grad(in_space(base, "native", 16), x, lambda z: z.sum(1), None).grad.abs().sum() > 0
-    with pytest.raises(ValueError, match="space must be model-input, native or file, got 'pixels'"):
-        in_space(base, "pixels", 16)
 
 
 def test_counted_counts_images_not_calls() -> None:

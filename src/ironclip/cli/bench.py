@@ -49,6 +49,10 @@ def bench(
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="images at once [default: 16]")] = None,
     precision: Annotated[str, typer.Option("--precision", help="of the attack: fp32 or bf16 [default: fp32]")] = "",
     prompts: o.Prompts = None,
+    space: Annotated[
+        str,
+        typer.Option("--space", help="of budgets: model-input, native:32, file:256 [default: model-input]"),
+    ] = "",
     skip_bad: o.SkipBad = False,
     as_json: o.Json = False,
 ) -> int:
@@ -68,6 +72,7 @@ def bench(
         "batch_size": batch_size,
         "precision": precision or None,
         "prompts": prompts,
+        "space": space or None,
         "skip_bad": True if skip_bad else None,
     }
     if preset or not (vlm or data):

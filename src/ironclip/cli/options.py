@@ -27,3 +27,4 @@ Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard 
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="leave unreadable images out and count them")]
 Budget = Annotated[str, typer.Option("--budget", help="adaptive budget: smoke, quick, short, standard, full")]
 AdaptiveLimit = Annotated[int | None, typer.Option("--adaptive-limit", help="images per data set under adaptive")]
+Space = Annotated[str, typer.Option("--space", help="where budgets apply: model-input, native:32, file:256")]

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ironclip.core.rng import SampleRNG
@@ -119,33 +118,6 @@ class Quantized:
 def quantized(clf: Classifier, levels: int = 255) -> Classifier:
     """The classifier behind rounding to ``levels`` steps per channel."""
     return Quantized(clf, levels)
-
-
-@dataclass(frozen=True, eq=False)
-class Resized:
-    """Takes images of any size and brings them to the model's input size inside the gradient (``space=native``)."""
-
-    base: Classifier
-    size: int
-
-    def __call__(self, x: Tensor, rng: SampleRNG | None = None) -> Tensor:
-        if x.shape[-2:] != (self.size, self.size):
-            x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False)
-            x = x.clamp(0.0, 1.0)
-        return self.base(x, rng)
-
-
-def in_space(clf: Classifier, space: str, size: int) -> Classifier:
-    """Where the budget applies: ``model-input`` (the tensor at ``size``), ``native`` (dataset pixels, differentiable
-    resize inside), ``file`` (native, and rounded to 8 bits as stored). Raises ValueError for another word."""
-    match space:
-        case "model-input":
-            return clf
-        case "native":
-            return Resized(clf, size)
-        case "file":
-            return Quantized(Resized(clf, size))
-    raise ValueError(f"space must be model-input, native or file, got {space!r}")
 
 
 @dataclass(frozen=True, eq=False)

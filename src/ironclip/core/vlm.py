@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ironclip.core.check import check_choice
 from ironclip.core.hooks import replaced_output
+from ironclip.core.space import Space
 from ironclip.core.types import State
 
 Tokenize = Callable[[Sequence[str]], Tensor]
@@ -77,7 +78,7 @@ class VLM(nn.Module):
         self.eot, self.causal = eot, causal
         self.parts = parts or Parts()
         self.facts = facts or {}
-        self.precision = "fp32"
+        self.precision, self.space, self._input_size = "fp32", Space(), image_size
         self._image_dtype = torch.float32
         self._hash: str | None = None
         self._counts: list[TowerCount] = []
@@ -126,7 +127,8 @@ class VLM(nn.Module):
         return self.get_buffer("mean").device
 
     def normalize_pixels(self, x: Tensor) -> Tensor:
-        """Pixels in [0, 1] to the tower's input."""
+        """Pixels in [0, 1] to the tower's input, resized first where the model stands in another space."""
+        x = self.space.to_input(x, self._input_size)
         return (x - self.get_buffer("mean")) / self.get_buffer("std")
 
     def encode_image(self, x: Tensor, normalize: bool = True) -> Tensor:
@@ -279,6 +281,21 @@ class VLM(nn.Module):
         new.image = cast(torch.bfloat16) if cast else image.to(torch.bfloat16)
         new.image.to(memory_format=torch.channels_last)
         new.precision, new._image_dtype, new._hash = precision, torch.bfloat16, weights
+        return new
+
+    def in_space(self, space: str | Space) -> VLM:
+        """A view of this model that takes images of ``native:SIZE`` or ``file:SIZE`` (``core/space.py``).
+
+        Budgets then apply to those pixels, and so do defenses that change pixels; weights are shared. Raises ValueError
+        for another word, or for a model that already stands in such a space.
+        """
+        space = Space.parse(space) if isinstance(space, str) else space
+        if space == self.space:
+            return self
+        if self.space != Space():
+            raise ValueError(f"{self.name} already stands in {self.space}; start from the model itself")
+        new, new_hash = self._shallow(), self.weights_hash
+        new.space, new.image_size, new.name, new._hash = space, space.size, f"{self.name}@{space}", new_hash
         return new
 
     @contextmanager

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ironclip.core.rng import SampleRNG
+from ironclip.core.space import Space
 from ironclip.core.spec import digest, full_text
 from ironclip.core.types import Attack, Defense, State
 from ironclip.core.vlm import VLM
@@ -106,8 +107,14 @@ class Block:
             "recipe": self.data.recipe,
             "prompts": self.clf.prototype_hash,
             "seed": self.seed,
+            **self._space,
             **more,
         }
+
+    @property
+    def _space(self) -> dict[str, str]:
+        """Named in keys only where it is not the model's input: the names of older results stay."""
+        return {} if self.vlm.space == Space() else {"space": str(self.vlm.space)}
 
     def adv_key(self, clf: ZeroShot, attack: Attack, salt: str = "") -> str:
         """Key of the examples that ``attack`` makes for ``clf``; the defense is not part of it."""
@@ -121,6 +128,7 @@ class Block:
                 "seed": self.seed,
                 "precision": self.precision,
                 "salt": salt,
+                **self._space,
             }
         )
 

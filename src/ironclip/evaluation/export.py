@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ironclip.core.check import check_choice
 from ironclip.core.rng import SampleRNG
+from ironclip.core.space import Space
 from ironclip.core.spec import full_text
 from ironclip.core.zeroshot import ZeroShot
-from ironclip.data import load_data
 from ironclip.evaluation.block import Progress, Silent
 from ironclip.evaluation.judge import judge
-from ironclip.evaluation.run import Job, load_state
+from ironclip.evaluation.run import Job, load_state, open_data
 from ironclip.evaluation.store import write_atomic
 from ironclip.models import load
 from ironclip.registry import build_attack, build_defense
@@ -53,6 +53,7 @@ def export_attack(
     batch_size: int = 16,
     precision: str = "fp32",
     prompts: str | None = None,
+    space: str = "model-input",
     form: str = "png",
     skip_bad: bool = False,
     progress: Progress | None = None,
@@ -60,15 +61,17 @@ def export_attack(
     """Attack a data set through a defense, write images and ``record.json`` into ``out``, return the record.
 
     ``form``: ``png`` or ``float`` (one .npy of (3, h, w) float32 in [0, 1] per image). The defended prediction of the
-    very pixels that are written is what the record tells. Raises ValueError for bad specs before any work.
+    very pixels that are written is what the record tells. ``space``: see ``core/space.py``; images are
+    written in it. Raises ValueError for bad specs before any work.
     """
     check_choice(form, ("png", "float"), "format")
     made, shield = build_attack(attack), build_defense(defense)
     fitted = load_state(Job(state=None if state is None else str(state)), shield)
     if (out / "record.json").exists():
         raise ValueError(f"{out} already holds a record.json; pass a new --out folder")
-    model = load(vlm, device=device)
-    images = load_data(data, model.image_size, prompts=prompts, limit=limit, seed=seed, skip_bad=skip_bad)
+    where = Space.parse(space)
+    model = load(vlm, device=device).in_space(where)
+    images = open_data(data, model, prompts=prompts, limit=limit, seed=seed, skip_bad=skip_bad)
     clf = ZeroShot.build(model, images.class_names, images.templates)
     defended = shield.apply(clf, fitted)
     target = shield.apply(clf.with_vlm(model.at_precision(precision)), fitted)
@@ -112,6 +115,7 @@ def export_attack(
         "data": images.name,
         "attack": full_text(made),
         "defense": full_text(shield),
+        "space": str(where),
         "seed": seed,
         "precision": precision,
         "form": form,

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from ironclip.core.check import check_choice, unknown
+from ironclip.core.space import Space
 from ironclip.core.spec import full_text, split_list
 from ironclip.core.types import THREATS, Attack, Defense, State
 from ironclip.core.vlm import VLM
@@ -56,6 +57,7 @@ class Job:
     merge_duplicates: bool = True
     adaptive_limit: int | None = None
     costs: bool = True
+    space: str = "model-input"
 
 
 def evaluate(
@@ -81,6 +83,7 @@ def evaluate(
     skip_bad: bool = False,
     merge_duplicates: bool = True,
     costs: bool = True,
+    space: str = "model-input",
     progress: Progress | None = None,
     command: str = "",
 ) -> dict[str, Any]:
@@ -92,7 +95,8 @@ def evaluate(
     ``adaptive_limit``: the same for the adaptive threat. ``store``: folder of results, reused and resumed; without
     one a temporary folder is used. ``state``: folder of fitted states, ``NAME.safetensors`` per defense.
     ``precision``: of the attack; predictions that count are always fp32. ``budget``: smoke, quick, short, standard,
-    full. ``costs``: measure milliseconds per image too, where the store has none yet.
+    full. ``costs``: measure milliseconds per image too, where the store has none yet. ``space``: where budgets apply,
+    ``model-input``, ``native:SIZE`` or ``file:SIZE`` (``core/space.py``).
 
     Returns the results dictionary of ``evaluation/results.py``. Raises ValueError for bad input before any work begins;
     a cell that fails later is recorded under ``errors``.
@@ -116,6 +120,7 @@ def evaluate(
         skip_bad=skip_bad,
         merge_duplicates=merge_duplicates,
         costs=costs,
+        space=space,
     )
     return evaluate_jobs([job], store, executor=executor, workers=workers, progress=progress, command=command)
 
@@ -154,6 +159,7 @@ def validate(job: Job) -> None:
     if job.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {job.batch_size}")
     check_choice(job.precision, ("fp32", "bf16"), "precision")
+    Space.parse(job.space)
     if not job.data or not job.defenses or not job.attacks or not job.threat:
         raise ValueError("vlm, data, defenses, attacks and threat each need at least one entry")
     for d in job.defenses:
@@ -181,6 +187,7 @@ def run(
 ) -> dict[str, Any]:
     """All blocks of a job in this process; with a ``shard`` only that worker's samples, and no table."""
     model = job.vlm if isinstance(job.vlm, VLM) else load(job.vlm, device=job.device)
+    model = model.in_space(job.space)
     store = Store(folder)
     sets = [_data(job, d, model) for d in job.data]
     parts = [_block(job, model, store, s, progress, shard, command) for s in sets]
@@ -192,7 +199,16 @@ def _data(job: Job, spec: Any, model: VLM) -> Dataset:
         if spec.size != model.image_size:
             raise ValueError(f"data set {spec.name} is at {spec.size} px, {model.name} needs {model.image_size}")
         return spec.subset(job.limit, job.seed)
-    options: Any = {"prompts": job.prompts, "limit": job.limit, "seed": job.seed, "skip_bad": job.skip_bad}
+    return open_data(spec, model, prompts=job.prompts, limit=job.limit, seed=job.seed, skip_bad=job.skip_bad)
+
+
+def open_data(spec: str, model: VLM, **options: Any) -> Dataset:
+    """A data set at the size and in the space of ``model``; ``options`` as in ``load_data``.
+
+    Outside ``model-input`` photographs are resized to the size itself: nothing is cropped away before the budget.
+    """
+    if model.space != Space() and spec.partition(":")[0] != "shapes":  # shapes are drawn at any size
+        options["recipe"] = "clip"
     return cast(Dataset, load_data(spec, model.image_size, **options))
 
 
