@@ -51,6 +51,7 @@ DEFENSES: dict[str, str] = {
     "noise": "ironclip.defenses.noise:Noise",
     "ttc": "ironclip.defenses.ttc:TTC",
     "clipure": "ironclip.defenses.clipure:CLIPure",
+    "aom": "ironclip.defenses.aom:AOM",
 }
 
 

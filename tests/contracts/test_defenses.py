@@ -51,6 +51,10 @@ ROWS = (
     Row("clipure"),
     Row("CLIPure(mode=per_sample)"),
     Row("clipure(preset=reference)"),
+    Row("aom"),
+    Row("AOM(lam=0.5, path=geodesic, antithetic=True, draws=4)"),
+    Row("AOM(gate=high_noise_drift)", fit=lambda d, clf: d.fit(clf, toy_images(32, size=clf.vlm.image_size, seed=9))),
+    Row("AOM(gate=high_noise_drift, threshold=1e-9, draws=4, lam=0.5)"),
 )
 MODELS = ("toy-conv", "toy-attention", "tiny")
 B = 8
@@ -122,6 +126,16 @@ def pixel_gradient(case: Case, view: Classifier) -> tuple[Tensor, Tensor]:
     return out.detach(), grad
 
 
+def judged(case: Case) -> Tensor:
+    """(b,) True where the defense's gate takes the image for attacked; everywhere for those without one."""
+    defense: Any = case.defense
+    if hasattr(defense, "gated"):
+        return defense.gated(case.clf, case.x, case.rng, case.state)
+    if hasattr(defense, "gate"):
+        return defense.gate(case.clf, case.x, case.rng)
+    return torch.ones(B, dtype=torch.bool)
+
+
 def test_finite_logits_with_and_without_gradients(case: Case) -> None:
     plain = case.call(case.defended)
     assert plain.shape == (B, case.clf.k)
@@ -190,8 +204,7 @@ def test_the_seed_decides(case: Case) -> None:
     if not base_of(defended, "randomized"):
         assert all(torch.equal(case.call(defended, rng=r), first) for r in others)
         return
-    gate = getattr(case.defense, "gate", None)
-    if gate is not None and not bool(gate(case.clf, case.x, case.rng).any()):
+    if not bool(judged(case).any()):
         pytest.skip("the gate leaves every one of these images alone")
     assert all(not torch.equal(case.call(defended, rng=r), first) for r in others)
 
@@ -262,7 +275,7 @@ def test_penalty_and_gate(case: Case) -> None:
     assert bool((cost >= 0).all())
     (grad,) = torch.autograd.grad(cost.sum(), leaf)
     assert bool(torch.isfinite(grad).all())
-    gate = defense.gate(case.clf, case.x, case.rng)
+    gate = judged(case)
     assert gate.dtype == torch.bool
     assert bool((cost[gate] > 0).all()), "an image that is touched has not evaded"
 

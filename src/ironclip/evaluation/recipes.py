@@ -87,13 +87,14 @@ _TRANSFER = (
 )
 _WHITE = (Member("through-ce", "through"), Member("through-margin", "through", loss="margin"))
 _BPDA = (Member("bpda", "bpda"),)
+_EVADE = tuple(Member(f"evade-{b:g}", "through", beta=b) for b in (0.1, 1.0, 10.0))
 
 BLACKBOX = (Member("random", "through", attack="random", eot=False, white=False),)
 """What a query-only attacker runs through the whole defense."""
 
 RECIPES: dict[str, tuple[Member, ...]] = {
     "none": (*_WHITE, _TRANSFER[0], Member("transfer", "static", white=True)),
-    "averaging": (*_WHITE, Member("base-margin", "base", loss="margin"), *_TRANSFER),
+    "averaging": (*_WHITE, Member("base-margin", "base", loss="margin"), *_EVADE, *_TRANSFER),
     "counterattack": (
         Member("bpda-ce", "surrogate:bpda"),
         Member("bpda-margin", "surrogate:bpda", loss="margin"),
