@@ -117,9 +117,12 @@ def crop_views(x: Tensor, crops: Crops) -> Tensor:
     if x.ndim != 4 or x.shape[0] != crops.boxes.shape[0]:
         raise ValueError(f"crops are of {crops.boxes.shape[0]} images (b, 3, h, w), got {tuple(x.shape)}")
     top, left, height, width = crops.boxes.unbind(-1)
-    rows = resampling(top, height, x.shape[-2]).to(x)
-    columns = resampling(left, width, x.shape[-1], crops.flips).to(x)
-    return rows.unsqueeze(2) @ (x.unsqueeze(1) @ columns.transpose(-1, -2).unsqueeze(2))
+    b, v, (h, w) = x.shape[0], crops.v, x.shape[-2:]
+    rows = resampling(top, height, h).to(x)
+    columns = resampling(left, width, w, crops.flips).to(x)
+    wide = x.flatten(1, 2) @ columns.flatten(1, 2).transpose(1, 2)  # (b, 3h, vw): one large product per image
+    tall = rows @ wide.view(b, 3, h, v, w).permute(0, 3, 2, 1, 4).reshape(b, v, h, 3 * w)
+    return tall.view(b, v, h, 3, w).transpose(2, 3).contiguous()
 
 
 def random_views(

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ironclip.core.rng import SampleRNG
@@ -56,21 +57,19 @@ def solarize(x: Tensor, level: Tensor) -> Tensor:
 def affine(x: Tensor, matrix: Tensor) -> Tensor:
     """(n, 3, h, w) read at ``matrix`` (n, 2, 3) times (column, row, 1), in pixels from the top left corner; bilinear.
 
-    Whatever lies outside is black, and edges are repeated for the half pixel at the border. Linear in x.
+    Whatever lies outside is black, and edges are repeated for the half pixel at the border. Linear in x; derivatives of
+    the first order only.
     """
-    n, c, height, width = x.shape
+    n, (height, width) = x.shape[0], x.shape[2:]
     down, across = (torch.arange(s, device=x.device, dtype=x.dtype) + 0.5 for s in (height, width))
-    spots = torch.stack(torch.broadcast_tensors(across[None, :], down[:, None], x.new_ones(1, 1)), dim=-1).flatten(0, 1)
-    u, v = (spots @ matrix.to(x).transpose(1, 2)).unbind(-1)
-    inside = (u >= 0) & (u < width) & (v >= 0) & (v < height)
-    u, v = u - 0.5, v - 0.5
-    left, top = u.floor(), v.floor()
-    out = x.new_zeros(n, c, height * width)
-    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        weight = (1 - (u - left - column).abs()) * (1 - (v - top - row).abs()) * inside
-        index = (top + row).clamp(0, height - 1) * width + (left + column).clamp(0, width - 1)
-        out = out + weight.unsqueeze(1) * x.flatten(2).gather(2, index.long().unsqueeze(1).expand(-1, c, -1))
-    return out.view_as(x)
+    spots = torch.stack(torch.broadcast_tensors(across[None, :], down[:, None], x.new_ones(1, 1)), dim=-1)
+    unit = 2 * matrix.to(x) / x.new_tensor([[width], [height]])
+    unit[:, :, 2] -= 1
+    grid = (spots.view(-1, 3) @ unit.transpose(0, 1).reshape(2 * n, 3).T).view(-1, 2, n).permute(2, 0, 1)
+    grid = grid.reshape(n, height, width, 2)
+    read = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    inside = ((grid >= -1) & (grid < 1)).all(dim=-1)
+    return read * inside.to(x).unsqueeze(1)
 
 
 def _matrix(*rows: tuple[Tensor | float, Tensor | float, Tensor | float], like: Tensor) -> Tensor:
@@ -156,9 +155,13 @@ def mix_views(views: Tensor, mixes: Mixes) -> Tensor:
         for step in range(DEPTH):
             kinds = mixes.operations[:, :, j, step].flatten()
             levels = mixes.levels[:, :, j, step].flatten()
-            for kind in sorted(set(kinds.tolist()) - {-1}):
-                rows = (kinds == kind).nonzero().flatten()
-                made = OPERATIONS[kind](chain[rows.to(views.device)], levels[rows].to(views))
-                chain = chain.index_copy(0, rows.to(views.device), made)
+            order = kinds.argsort(stable=True)
+            parts: list[Tensor] = []
+            first = 0
+            for kind, count in zip(*(t.tolist() for t in kinds.unique(return_counts=True)), strict=True):
+                rows, first = order[first : first + count], first + count
+                part = chain[rows.to(views.device)]
+                parts.append(part if kind < 0 else OPERATIONS[kind](part, levels[rows].to(views)))
+            chain = torch.cat(parts)[order.argsort().to(views.device)]
         out = out + (shares[:, j].view(-1, 1, 1, 1) * chain).view_as(views)
     return out.clamp(0.0, 1.0)
