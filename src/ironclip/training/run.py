@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,16 @@ from torch import Tensor
 
 from ironclip.training.architecture import MEAN, STD, build_clip, log_scale_cap, whiten_patches
 from ironclip.training.batches import Captioned, Images, content_hash, order, pick_captions
-from ironclip.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_json, write_text
-from ironclip.training.config import Pretrain, differences
+from ironclip.training.checkpoint import Checkpoint, write_json
+from ironclip.training.config import Pretrain
 from ironclip.training.export import save_model
+from ironclip.training.journal import Journal
 from ironclip.training.loss import contrastive_loss
 from ironclip.training.vocabulary import train_vocabulary
 
 Perturb = Callable[[Tensor, Sequence[str]], Tensor]
 
-_CHECKPOINTS, _METRICS, _RUN, _MANIFEST = "checkpoints", "metrics.jsonl", "run.json", "manifest.json"
+_MANIFEST = "manifest.json"
 
 
 class Run:
@@ -48,7 +48,6 @@ class Run:
         others = [p for p in self.model.parameters() if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=1e-6)
-        self.recent: dict[str, Any] = {}
         self.settings = {
             "config": json.loads(json.dumps(dataclasses.asdict(config))),
             "data": {
@@ -63,42 +62,13 @@ class Run:
     def begin(self, resume: bool) -> int:
         """Take up the run in the folder, or start one; returns the steps already done."""
         if not resume:
-            shutil.rmtree(self.out / _CHECKPOINTS, ignore_errors=True)
-            for name in (_METRICS, _RUN, _MANIFEST):
-                (self.out / name).unlink(missing_ok=True)
-        self.out.mkdir(parents=True, exist_ok=True)
-        record = self.out / _RUN
-        if record.exists():
-            told = differences(json.loads(record.read_text(encoding="utf-8")), self.settings)
-            if told:
-                raise ValueError(
-                    f"{self.out} holds a run with other settings: {'; '.join(told)}. Give them again, name another "
-                    "--out, or start over with --no-resume"
-                )
-        else:
-            write_json(record, self.settings)
-        point = load_checkpoint(self.out / _CHECKPOINTS)
+            (self.out / _MANIFEST).unlink(missing_ok=True)
+        self.journal = Journal(self.out, self.settings, resume)
+        point = self.journal.begin()
         if point is not None:
             self.model.load_state_dict(point.weights)
             self.optimizer.load_state_dict(point.optimizer)
-        done = 0 if point is None else point.step
-        self._rewind(done)
-        return done
-
-    def _rewind(self, done: int) -> None:
-        """Forget metrics of steps that will be made again."""
-        path = self.out / _METRICS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = []
-        for line in lines:
-            try:
-                entry = json.loads(line)
-            except ValueError:  # the line that a kill cut short
-                break
-            if entry["step"] <= done:
-                kept.append(line)
-                self.recent.update(entry)
-        write_text(path, "".join(f"{line}\n" for line in kept))
+        return 0 if point is None else point.step
 
     def step(self, step: int, perturb: Perturb | None) -> dict[str, Any]:
         """One update."""
@@ -163,18 +133,15 @@ class Run:
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append a line to the metrics."""
-        self.recent.update(metrics)
-        with (self.out / _METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+        self.journal.log(metrics)
 
     def save(self, step: int) -> None:
         """Write a checkpoint."""
-        point = Checkpoint(step, self.model.state_dict(), self.optimizer.state_dict())
-        save_checkpoint(self.out / _CHECKPOINTS, point)
+        self.journal.save(Checkpoint(step, self.model.state_dict(), self.optimizer.state_dict()))
 
     def finish(self) -> dict[str, Any]:
         """Write the model and its manifest."""
         hashes = save_model(self.model, self.tokenizer, self.out, self.config.sizes.image_size)
-        manifest = {**self.settings, "metrics": self.recent, "sha256": hashes}
+        manifest = {**self.settings, "metrics": self.journal.recent, "sha256": hashes}
         write_json(self.out / _MANIFEST, manifest)
         return manifest
