@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fits import few_steps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toys import CLASSES, toy_clf, toy_images
@@ -55,6 +56,9 @@ ROWS = (
     Row("AOM(lam=0.5, path=geodesic, antithetic=True, draws=4)"),
     Row("AOM(gate=high_noise_drift)", fit=lambda d, clf: d.fit(clf, toy_images(32, size=clf.vlm.image_size, seed=9))),
     Row("AOM(gate=high_noise_drift, threshold=1e-9, draws=4, lam=0.5)"),
+    Row("tecoa", fit=few_steps, ranged=False),
+    Row("TeCoA(mix_alpha=0.5, label_space=per_set)", fit=few_steps, ranged=False),
+    Row("tecoa(preset=reference)", fit=few_steps, ranged=False),
 )
 MODELS = ("toy-conv", "toy-attention", "tiny")
 B = 8

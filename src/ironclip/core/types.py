@@ -6,12 +6,14 @@ Shapes are part of the type: ``b`` images, ``k`` classes, ``d`` embedding dimens
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from ironclip.core.loop import Loop as Loop
 
 if TYPE_CHECKING:
     from ironclip.core.rng import SampleRNG
@@ -120,22 +122,6 @@ class Trainable(Protocol):
     """A defense that learns: ``fit`` returns the state, nothing is stored on the object."""
 
     def fit(self, clf: ZeroShot, data: Iterable[Any], *, loop: Loop, seed: int = 0) -> State: ...
-
-
-@dataclass(frozen=True)
-class Loop:
-    """How long and how to train; every trainable defense reads the same fields."""
-
-    steps: int = 1000
-    batch_size: int = 64
-    lr: float = 1e-4
-    weight_decay: float = 0.0
-    warmup: int = 0
-    schedule: Literal["constant", "cosine"] = "cosine"
-    accumulate: int = 1
-    clip_norm: float | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def prediction(logits: Logits) -> Labels:

@@ -80,6 +80,7 @@ class VLM(nn.Module):
         self.facts = facts or {}
         self.precision, self.space, self._input_size = "fp32", Space(), image_size
         self._image_dtype = torch.float32
+        self._autocast: torch.dtype | None = None
         self._hash: str | None = None
         self._counts: list[TowerCount] = []
         for label, values in (("mean", mean), ("std", std)):
@@ -143,8 +144,11 @@ class VLM(nn.Module):
         lowered = self._image_dtype != torch.float32
         if lowered:
             inputs = inputs.to(self._image_dtype)
-        if self.precision != "fp32" or self.facts.get("channels_last"):
+        if self.precision != "fp32" or self._autocast is not None or self.facts.get("channels_last"):
             inputs = inputs.contiguous(memory_format=torch.channels_last)
+        if self._autocast is not None:
+            with torch.autocast(inputs.device.type, dtype=self._autocast):
+                return tower(inputs).float()
         return tower(inputs).float() if lowered else tower(inputs)
 
     def encode_text(self, texts: Sequence[str], batch_size: int = 256, normalize: bool = True) -> Tensor:
@@ -296,6 +300,18 @@ class VLM(nn.Module):
             raise ValueError(f"{self.name} already stands in {self.space}; start from the model itself")
         new, new_hash = self._shallow(), self.weights_hash
         new.space, new.image_size, new.name, new._hash = space, space.size, f"{self.name}@{space}", new_hash
+        return new
+
+    def under_autocast(self, precision: str) -> VLM:
+        """``fp32``: this model. ``bf16``: a view of the very same weights whose image tower multiplies in bfloat16.
+
+        For training: gradients reach the fp32 weights. Features are float32.
+        """
+        check_choice(precision, ("fp32", "bf16"), "precision")
+        if precision == "fp32":
+            return self
+        new = self._shallow()
+        new._autocast = torch.bfloat16
         return new
 
     @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ironclip.data.audit import Finding, audit
 from ironclip.data.catalogue import known_data
+from ironclip.data.join import joined
 from ironclip.data.load import load_data
 from ironclip.data.prompts import prompt_set
 from ironclip.data.roots import data_root
@@ -16,6 +17,7 @@ __all__ = [
     "Sample",
     "audit",
     "data_root",
+    "joined",
     "known_data",
     "load_data",
     "prompt_set",

@@ -75,7 +75,7 @@ def job_from(label: str, values: dict[str, Any], changes: dict[str, Any] | None 
         if key in merged:
             value = merged[key]
             items = split_list(value) if isinstance(value, str) else list(value)
-            merged[key] = tuple(expand_defenses(items) if key == "defenses" else items)
+            merged[key] = tuple(expand_defenses(items, merged.get("state")) if key == "defenses" else items)
     merged["budget"] = budget(merged.get("budget", "standard"))
     job = Job(**merged)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -104,7 +105,7 @@ def evaluate(
     job = Job(
         vlm=vlm,
         data=_listed(data),
-        defenses=expand_defenses(_listed(defenses)),
+        defenses=expand_defenses(_listed(defenses), state),
         attacks=_listed(attacks),
         threat=_listed(threat),
         limit=limit,
@@ -343,9 +344,25 @@ def _listed(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
-def expand_defenses(names: Iterable[Any]) -> tuple[Any, ...]:
-    """``all`` becomes every registered defense; repeated entries count once."""
+def expand_defenses(names: Iterable[Any], state: str | Path | None = None) -> tuple[Any, ...]:
+    """``all`` becomes every registered defense that can run; repeated entries count once.
+
+    Those that must be fitted belong to ``all`` where the folder ``state`` has theirs; the others are named in a
+    warning.
+    """
     out: list[Any] = []
     for name in names:
-        out += list(DEFENSES) if name == "all" else [name]
+        out += _runnable(state) if name == "all" else [name]
     return tuple(dict.fromkeys(out))
+
+
+def _runnable(state: str | Path | None) -> list[str]:
+    unfitted = [
+        name
+        for name in DEFENSES
+        if build_defense(name).info.needs_state
+        and (state is None or not (Path(state) / f"{name}.safetensors").exists())
+    ]
+    if unfitted:
+        warnings.warn(f"all leaves out {', '.join(unfitted)}: no fitted state in --state {state}", stacklevel=3)
+    return [name for name in DEFENSES if name not in unfitted]

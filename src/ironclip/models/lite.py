@@ -60,9 +60,10 @@ class LiteHead(nn.Module):
         return F.normalize(self.fc(f).softmax(dim=-1) @ table - centre, dim=-1)
 
     def forward(self, f: Tensor) -> Tensor:
-        if self.w is None:
-            return self.conse(f)
-        return MIX * self.conse(f) + (f - self.get_buffer("mu")) @ self.w
+        with torch.autocast(f.device.type, enabled=False):  # the head stays in float32 in mixed precision too
+            if self.w is None:
+                return self.conse(f)
+            return MIX * self.conse(f) + (f - self.get_buffer("mu")) @ self.w
 
 
 class LiteImage(nn.Module):

@@ -1,0 +1,91 @@
+"""Adversarial fine-tuning, the one loop of every defense that changes weights: one process, resumable to the bit.
+
+A method brings a ``Plan``: how to attack a batch and what to minimise on the outcome. The loop brings everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ironclip.core.loop import Loop
+from ironclip.core.types import State
+from ironclip.core.vlm import VLM
+from ironclip.core.zeroshot import ZeroShot
+from ironclip.training.feed import Batch, Source
+
+Progress = Callable[[int, int, dict[str, Any]], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a method brings to the loop.
+
+    ``clf``: the model as it was, which the method may use as its teacher, with the class weights, encoded once.
+    ``attack(student, batch)``: adversarial images; the student's weights are frozen there. ``loss(student, batch,
+    x_adv)``: the value to minimise, a mean over the images, and figures to write down, each a tensor of one value. It
+    must not depend on how a batch is cut into parts unless the method says so. ``remember(x)``: what the method
+    needs of each clean image and of nothing else, as float32 tensors (b, ...), computed once an image and then found in
+    ``batch.cached``. ``logits(student, x)``: for the accuracies of the validation; None for the class weights of
+    ``clf``. ``towers``: those that are trained. ``labels``: does the method read any? ``marks``: tensors that are
+    stored beside the weights.
+    """
+
+    clf: ZeroShot
+    attack: Callable[[VLM, Batch], Tensor]
+    loss: Callable[[VLM, Batch, Tensor], tuple[Tensor, Mapping[str, Tensor]]]
+    remember: Callable[[Tensor], dict[str, Tensor]] | None = None
+    logits: Callable[[VLM, Tensor], Tensor] | None = None
+    towers: tuple[str, ...] = ("image",)
+    labels: bool = True
+    marks: State = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """Where a run lives and who watches. ``folder``: settings, metrics and checkpoints; None keeps nothing on disk.
+
+    ``progress(step, steps, metrics)`` is called after each step.
+    """
+
+    folder: Path | None = None
+    resume: bool = True
+    progress: Progress | None = None
+
+
+def finetune(
+    plan: Plan, data: Source, *, loop: Loop, seed: int = 0, recipe: str = "", session: Session | None = None
+) -> State:
+    """Train a copy of the plan's towers and return the tensors that changed, and the plan's ``marks``.
+
+    Nothing is written into the model. ``recipe``: the method's hyperparameters as text; a run in a folder is taken up
+    only with the same recipe, loop, seed, model and data, and then ends with the same bits on the CPU. A run whose
+    loss diverges stops, says so in a warning, and gives the state of its last checkpoint. Raises ValueError for data
+    or settings that cannot be used, RuntimeError if it diverges before the first checkpoint.
+    """
+    from ironclip.training.student import Student
+
+    session = session or Session()
+    run = Student(plan, data, loop, seed)
+    done = run.begin(session.folder, recipe, session.resume)
+    for step in range(done, loop.steps):
+        if step == 0:
+            run.log({"step": 0, **run.validate()})
+        metrics = run.step(step)
+        if run.trouble:
+            run.give_up(step)
+            break
+        last = step + 1 == loop.steps
+        if last or (step + 1) % loop.validate_every == 0:
+            metrics |= run.validate()
+        if last or "val_loss" in metrics or (step + 1) % loop.log_every == 0:
+            run.log(metrics)
+        if last or (step + 1) % loop.checkpoint_every == 0:
+            run.save(step + 1)
+        if session.progress is not None:
+            session.progress(step + 1, loop.steps, metrics)
+    return {**run.state(), **plan.marks}
