@@ -17,6 +17,10 @@ class ClipImage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.visual_projection(self.vision_model(pixel_values=x).pooler_output)
 
+    def pre_norm(self, tokens: Tensor) -> Tensor:
+        """The normalisation that tokens pass before the first block."""
+        return self.vision_model.pre_layrnorm(tokens)
+
     def patch_tokens(self, x: Tensor) -> Tensor:
         patches = self.vision_model(pixel_values=x).last_hidden_state[:, 1:]
         return self.visual_projection(self.vision_model.post_layernorm(patches))
@@ -31,6 +35,21 @@ class ClipText(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.text_projection(self.text_model(input_ids=ids).pooler_output)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self.text_model.encoder.layers)
+
+    def packed(self, embeds: Tensor, positions: Tensor, mask: Tensor, ends: Tensor) -> Tensor:
+        """Several texts in each row of embeds (n, l, w): the projected states (n, g, d) at ``ends`` (n, g).
+
+        ``positions``: (l,) places in their texts. ``mask``: (l, l), 0 where a token looks and -inf where it must not.
+        """
+        model = self.text_model
+        hidden = embeds + model.embeddings.position_embedding(positions)
+        hidden = model.encoder(inputs_embeds=hidden, attention_mask=mask[None, None]).last_hidden_state
+        hidden = hidden.gather(1, ends.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+        return self.text_projection(model.final_layer_norm(hidden))
 
 
 class SiglipImage(nn.Module):

@@ -25,6 +25,10 @@ class OpenClipViT(OpenClipImage):
 
     visual: Any
 
+    def pre_norm(self, tokens: Tensor) -> Tensor:
+        """The normalisation that tokens pass before the first block."""
+        return self.visual.ln_pre(tokens)
+
     def patch_tokens(self, x: Tensor) -> Tensor:
         options = {"indices": 1, "normalize_intermediates": True, "intermediates_only": True, "output_fmt": "NLC"}
         patches = self.visual.forward_intermediates(x, **options)["image_intermediates"][0]
@@ -51,7 +55,19 @@ class CausalText(nn.Module):
         n, length = ids.shape
         hidden = self.token_embedding(ids) + self.positional_embedding[:length]
         hidden = self.ln_final(self.transformer(hidden, attn_mask=self.attn_mask[:length, :length]))
-        out = hidden[torch.arange(n, device=ids.device), self.eot(ids)]
+        return self._project(hidden[torch.arange(n, device=ids.device), self.eot(ids)])
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self.transformer.resblocks)
+
+    def packed(self, embeds: Tensor, positions: Tensor, mask: Tensor, ends: Tensor) -> Tensor:
+        """As for transformers' towers: several texts in a row, states (n, g, d) at ``ends`` (n, g)."""
+        hidden = self.transformer(embeds + self.positional_embedding[positions], attn_mask=mask)
+        hidden = hidden.gather(1, ends.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+        return self._project(self.ln_final(hidden))
+
+    def _project(self, out: Tensor) -> Tensor:
         if isinstance(self.text_projection, nn.Linear):
             return self.text_projection(out)
         return out if self.text_projection is None else out @ self.text_projection
