@@ -52,6 +52,7 @@ DEFENSES: dict[str, str] = {
     "ttc": "ironclip.defenses.ttc:TTC",
     "clipure": "ironclip.defenses.clipure:CLIPure",
     "aom": "ironclip.defenses.aom:AOM",
+    "cola": "ironclip.defenses.cola:COLA",
     "tecoa": "ironclip.defenses.tecoa:TeCoA",
 }
 

@@ -194,3 +194,16 @@ class Defended:
 
     def __call__(self, x: Tensor, rng: SampleRNG | None = None) -> Tensor:
         return self.base.head(self.encode(x, rng))
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """A defense that ends in scores: ``score`` maps pixels to logits (b, k). Other fields as in ``Defended``."""
+
+    base: ZeroShot
+    score: Callable[[Tensor, SampleRNG | None], Tensor]
+    randomized: bool = False
+    batchwise: bool = False
+
+    def __call__(self, x: Tensor, rng: SampleRNG | None = None) -> Tensor:
+        return self.score(x, rng)
