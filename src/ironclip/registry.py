@@ -53,6 +53,7 @@ DEFENSES: dict[str, str] = {
     "clipure": "ironclip.defenses.clipure:CLIPure",
     "aom": "ironclip.defenses.aom:AOM",
     "cola": "ironclip.defenses.cola:COLA",
+    "tte": "ironclip.defenses.tte:TTE",
     "tecoa": "ironclip.defenses.tecoa:TeCoA",
 }
 

@@ -58,6 +58,8 @@ ROWS = (
     Row("AOM(gate=high_noise_drift, threshold=1e-9, draws=4, lam=0.5)"),
     Row("COLA(texts=8)", atol=1e-2),
     Row("COLA(texts=3, views=2, solver=exact, weights=paper_formula)"),
+    Row("tte"),
+    Row("tte(preset=reference)"),
     Row("tecoa", fit=few_steps, ranged=False),
     Row("TeCoA(mix_alpha=0.5, label_space=per_set)", fit=few_steps, ranged=False),
     Row("tecoa(preset=reference)", fit=few_steps, ranged=False),

@@ -241,7 +241,7 @@ def test_only_a_gate_is_evaded() -> None:
     assert "through-ce" in names
     assert not any(n.startswith("evade") for n in names)
     names = [m.name for m in composition(AOM(gate="high_noise_drift", threshold=0.1), BUDGETS["standard"])]
-    assert {"evade-0.1", "evade-1", "evade-10"} <= set(names)
+    assert sum(n.startswith("evade") for n in names) >= 3
 
 
 # gradients and refusals
