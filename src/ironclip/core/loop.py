@@ -18,7 +18,8 @@ class Loop:
 
     ``lr`` rises linearly over ``warmup`` steps, then stays (``constant``) or falls to 0 as a cosine;
     ``first_step_full`` keeps the first step at the full rate, as code does that sets the rate after each step.
-    ``optimizer``: adamw (``betas``) or sgd (``momentum``); ``weight_decay`` applies to every trained tensor.
+    ``optimizer``: adamw (``betas``, ``adam_eps``), adam, whose decay is an L2 term of the loss, or sgd (``momentum``);
+    ``weight_decay`` applies to every trained tensor.
     ``clip_norm``: bound on the gradient's norm. ``ema``: decay of the running mean of weights that is kept instead of
     the last ones, 0 for none. ``precision``: of the training pass, ``attack_precision``: of the inner attack; weights,
     losses and optimiser are fp32 always. ``train``: ``all`` tensors of the tower, ``last-N`` layers, or ``lora-R``, a
@@ -38,8 +39,9 @@ class Loop:
     clip_norm: float | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     attack_precision: Literal["fp32", "bf16"] = "fp32"
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = 1e-8
     momentum: float = 0.9
     first_step_full: bool = False
     ema: float = 0.0
@@ -66,13 +68,15 @@ class Loop:
             raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be positive or None, got {self.clip_norm}")
+        if not 0 < self.adam_eps < 1:
+            raise ValueError(f"adam_eps must lie in (0, 1), got {self.adam_eps}; write 1e-8")
         if not self.diverged > 1:
             raise ValueError(f"diverged must be above 1, got {self.diverged}; write 10")
         for name, value in (("ema", self.ema), ("momentum", self.momentum), *(("betas", b) for b in self.betas)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {value}")
         check_choice(self.schedule, ("constant", "cosine"), "schedule")
-        check_choice(self.optimizer, ("adamw", "sgd"), "optimizer")
+        check_choice(self.optimizer, ("adamw", "adam", "sgd"), "optimizer")
         for name in ("precision", "attack_precision"):
             check_choice(getattr(self, name), ("fp32", "bf16"), name)
         self.trained()

@@ -33,6 +33,11 @@ class Plan:
     ``batch.cached``. ``logits(student, x)``: for the accuracies of the validation; None for the class weights of
     ``clf``. ``towers``: those that are trained. ``labels``: does the method read any? ``marks``: tensors that are
     stored beside the weights.
+
+    ``extra``: start values of tensors of the method's own that are trained too; the student has them as
+    ``get_parameter("extra.NAME")``, the state under that name. ``rates``: by the beginning of a tensor's name, its
+    learning rate as a multiple of the loop's. ``prepare(student, batch)``: what attack and loss share of the present
+    weights, with its graph, found in ``batch.cached``; the attack must detach it.
     """
 
     clf: ZeroShot
@@ -43,6 +48,9 @@ class Plan:
     towers: tuple[str, ...] = ("image",)
     labels: bool = True
     marks: State = field(default_factory=dict)
+    extra: State = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
+    prepare: Callable[[VLM, Batch], dict[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,6 +59,15 @@ def student_of(vlm: VLM, towers: Sequence[str], loop: Loop, seed: int) -> tuple[
     return student, chosen
 
 
+def with_extra(student: VLM, values: State) -> dict[str, nn.Parameter]:
+    """Give the student tensors of a method's own, and return them as parameters to train, by name."""
+    if not values:
+        return {}
+    device = student.device
+    student.extra = nn.ParameterDict({k: nn.Parameter(v.detach().clone().to(device)) for k, v in values.items()})
+    return {f"extra.{k}": student.get_parameter(f"extra.{k}") for k in values}
+
+
 def _add_low_rank(tower: nn.Module, rank: int, seed: int) -> None:
     names = ("weight", "in_proj_weight")
     for path, module in list(tower.named_modules()):

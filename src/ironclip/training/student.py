@@ -21,7 +21,7 @@ from ironclip.training.checkpoint import Checkpoint
 from ironclip.training.feed import Batch, Feed, Source
 from ironclip.training.finetune import Plan
 from ironclip.training.journal import Journal
-from ironclip.training.select import changed, frozen, student_of
+from ironclip.training.select import changed, frozen, student_of, with_extra
 
 WINDOW = 20
 _MEMORY = "memory.safetensors"
@@ -34,14 +34,10 @@ class Student:
         self.plan, self.data, self.loop, self.seed = plan, data, loop, seed
         self.feed = Feed(plan.clf, data, loop, seed, plan.labels)
         self.vlm, self.chosen = student_of(plan.clf.vlm, plan.towers, loop, seed)
+        self.chosen |= with_extra(self.vlm, plan.extra)
         self.training = self.vlm.under_autocast(loop.precision)
         self.attacked = self.vlm.under_autocast(loop.attack_precision)
-        made = list(self.chosen.values())
-        self.optimizer: torch.optim.Optimizer
-        if loop.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(made, lr=loop.lr, momentum=loop.momentum, weight_decay=loop.weight_decay)
-        else:
-            self.optimizer = torch.optim.AdamW(made, lr=loop.lr, betas=loop.betas, weight_decay=loop.weight_decay)
+        self.optimizer = optimizer_of(self.chosen, loop, plan.rates)
         self.ema = {k: p.detach().clone() for k, p in self.chosen.items()} if loop.ema else {}
         self.journal: Journal | None = None
         self.losses: list[float] = []  # the first WINDOW and the last WINDOW
@@ -99,6 +95,11 @@ class Student:
         with torch.no_grad():
             return self.feed.remembering(batch, self.plan.remember(batch.x))
 
+    def _prepared(self, batch: Batch) -> Batch:
+        if self.plan.prepare is None:
+            return batch
+        return self.feed.remembering(batch, self.plan.prepare(self.training, batch))
+
     def adversarial(self, batch: Batch) -> Tensor:
         """The method's attack on a batch."""
         with frozen(self.chosen):
@@ -109,7 +110,7 @@ class Student:
         self.optimizer.zero_grad(set_to_none=True)
         total, named = 0.0, dict[str, float]()
         for part in self.feed.parts(step):
-            batch = self._known(part)
+            batch = self._prepared(self._known(part))
             x_adv = self.adversarial(batch)
             loss, figures = self.plan.loss(self.training, batch, x_adv)
             share = len(batch) / self.loop.batch_size
@@ -122,7 +123,7 @@ class Student:
         rate = self.loop.rate(step)
         if not self.trouble:
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("times", 1.0)
             self.optimizer.step()
             for name, kept in self.ema.items():
                 kept.lerp_(self.chosen[name].detach(), 1 - self.loop.ema)
@@ -158,7 +159,7 @@ class Student:
             return {}
         with self.averaged():
             for part in self.feed.validation():
-                batch = self._known(part)
+                batch = self._prepared(self._known(part))
                 x_adv = self.adversarial(batch)
                 loss, figures = self.plan.loss(self.training, batch, x_adv)
                 _add(sums, {"loss": loss, **figures}, len(batch) / n)
@@ -215,7 +216,24 @@ class Student:
     def state(self) -> State:
         """The tensors that are kept."""
         with self.averaged():
-            return changed(self.plan.clf.vlm, self.vlm, self.plan.towers)
+            own = {k: p.detach().cpu().clone() for k, p in self.chosen.items() if k.startswith("extra.")}
+            return {**changed(self.plan.clf.vlm, self.vlm, self.plan.towers), **own}
+
+
+def optimizer_of(
+    chosen: Mapping[str, torch.nn.Parameter], loop: Loop, rates: Mapping[str, float]
+) -> torch.optim.Optimizer:
+    """The loop's optimiser; ``times`` of a group is its multiple of the loop's learning rate."""
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for name, p in chosen.items():
+        times = next((v for start, v in rates.items() if name.startswith(start)), 1.0)
+        groups.setdefault(times, []).append(p)
+    made = [{"params": params, "times": times} for times, params in groups.items()]
+    common: dict[str, Any] = {"lr": loop.lr, "weight_decay": loop.weight_decay}
+    if loop.optimizer == "sgd":
+        return torch.optim.SGD(made, momentum=loop.momentum, **common)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[loop.optimizer]
+    return kind(made, betas=loop.betas, eps=loop.adam_eps, **common)
 
 
 def _add(sums: dict[str, float], figures: Mapping[str, Tensor], share: float) -> None:
