@@ -121,6 +121,11 @@ def test_patch_tokens_are_projected_like_the_class_token(vlm: VLM) -> None:
     hidden = tower(pixel_values=vlm.normalize_pixels(x)).last_hidden_state
     one = tower.post_layernorm(hidden[1, 1 + 4 * 2 + 3]) @ vlm.image.visual_projection.weight.T
     assert torch.allclose(tokens[1, 4 * 2 + 3], one, atol=1e-5)
+    with vlm.counting() as count:
+        every = vlm.image_tokens(x)
+    assert count.forwards == 2
+    assert torch.equal(every[:, 1:], tokens)
+    assert torch.allclose(every[:, 0], vlm.encode_image(x, normalize=False), atol=1e-6)
 
 
 def test_siglip_features_are_the_librarys_own(siglip: VLM) -> None:
@@ -142,6 +147,7 @@ def test_a_siglip_patch_token_is_the_pooling_of_that_patch_alone(siglip: VLM) ->
     tower, x = siglip.image.vision_model, clips.images()
     hidden = tower(pixel_values=siglip.normalize_pixels(x)).last_hidden_state
     assert torch.allclose(siglip.patch_tokens(x)[0, 5], tower.head(hidden[:1, 5:6])[0], atol=1e-5)
+    assert torch.allclose(siglip.image_tokens(x)[:, 0], siglip.encode_image(x, normalize=False), atol=1e-6)
 
 
 def test_state_copies_and_precision_leave_the_original_alone(vlm: VLM) -> None:

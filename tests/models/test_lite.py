@@ -146,6 +146,8 @@ def test_patch_tokens_are_the_cells_through_the_same_head(lite: VLM, photos: Ten
     assert lite.parts.patch_grid == (7, 7)
     cells = lite.image.backbone(lite.normalize_pixels(photos[:2]))
     assert torch.allclose(tokens[1, 7 * 2 + 5], lite.image.head(cells[1:2, :, 2, 5])[0], atol=1e-5)
+    first = lite.image_tokens(photos[:2])[:, 0]
+    assert torch.allclose(first, lite.encode_image(photos[:2], normalize=False), atol=1e-6)
 
 
 def test_bf16_copy_is_close_and_keeps_the_head_in_fp32(lite: VLM, photos: Tensor) -> None:

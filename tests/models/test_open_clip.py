@@ -55,6 +55,7 @@ def test_both_backends_agree_on_the_same_weights(act: str) -> None:
             (ours.encode_image(x, normalize=False), theirs.encode_image(x, normalize=False)),
             (ours.encode_tokens(ids, normalize=False), theirs.encode_tokens(ids, normalize=False)),
             (ours.patch_tokens(x), theirs.patch_tokens(x)),
+            (ours.image_tokens(x)[:, 0], ours.encode_image(x, normalize=False)),
         ):
             assert a.shape == b.shape
             assert torch.allclose(a, b, atol=1e-5)

@@ -221,11 +221,18 @@ class VLM(nn.Module):
         return list(self.get_submodule(self.parts.vision_blocks).children())
 
     def patch_tokens(self, x: Tensor) -> Tensor:
-        """(b, 3, h, w) pixels in [0, 1] to (b, p, d) local features in the joint space, row by row.
+        """(b, 3, h, w) pixels in [0, 1] to (b, p, d) local features in the joint space, row by row, not normalised.
 
         Raises ValueError if the model has none.
         """
-        tower = getattr(self.image, "patch_tokens", None)
+        return self.image_tokens(x)[:, 1:]
+
+    def image_tokens(self, x: Tensor) -> Tensor:
+        """One pass to (b, 1 + p, d): the image feature of ``encode_image`` before it is normalised, then the patches.
+
+        Raises ValueError if the model has no patches.
+        """
+        tower = getattr(self.image, "tokens", None)
         if tower is None:
             raise ValueError(f"{self.name} exposes no patch tokens; use an hf:, open_clip: or embedded model")
         tokens: Tensor = self._through_tower(tower, x)

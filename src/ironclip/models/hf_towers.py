@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class ClipImage(nn.Module):
-    """Normalised pixels to projected class token (b, d); ``patch_tokens`` sends every patch the same way."""
+    """Normalised pixels to projected class token (b, d); ``tokens`` sends every patch the same way."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -17,13 +19,30 @@ class ClipImage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.visual_projection(self.vision_model(pixel_values=x).pooler_output)
 
+    @property
+    def last(self) -> Any:
+        """The last block."""
+        return self.vision_model.encoder.layers[-1]
+
+    def class_token(self, hidden: Tensor) -> Tensor:
+        """What the last block makes of the class token of hidden (b, n, w): (b, 1, w), and nothing else of its work."""
+        block, keys = self.last, self.last.layer_norm1(hidden)
+        a = block.self_attn
+        parts = (a.q_proj(keys[:, :1]), a.k_proj(keys), a.v_proj(keys))
+        q, k, v = (t.unflatten(-1, (-1, a.head_dim)).transpose(1, 2) for t in parts)
+        mixed = F.scaled_dot_product_attention(q, k, v, scale=a.scale).transpose(1, 2).flatten(2)
+        top = hidden[:, :1] + a.out_proj(mixed)
+        return top + block.mlp(block.layer_norm2(top))
+
     def pre_norm(self, tokens: Tensor) -> Tensor:
         """The normalisation that tokens pass before the first block."""
         return self.vision_model.pre_layrnorm(tokens)
 
-    def patch_tokens(self, x: Tensor) -> Tensor:
-        patches = self.vision_model(pixel_values=x).last_hidden_state[:, 1:]
-        return self.visual_projection(self.vision_model.post_layernorm(patches))
+    def tokens(self, x: Tensor) -> Tensor:
+        out = self.vision_model(pixel_values=x)
+        patches = self.vision_model.post_layernorm(out.last_hidden_state[:, 1:])
+        first = self.visual_projection(out.pooler_output)
+        return torch.cat([first.unsqueeze(1), self.visual_projection(patches)], dim=1)
 
 
 class ClipText(nn.Module):
@@ -53,7 +72,7 @@ class ClipText(nn.Module):
 
 
 class SiglipImage(nn.Module):
-    """Normalised pixels to attention-pooled features (b, d); for ``patch_tokens`` the pooling sees one patch alone."""
+    """Normalised pixels to attention-pooled features (b, d); for ``tokens`` the pooling sees one patch alone."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -62,9 +81,11 @@ class SiglipImage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.vision_model(pixel_values=x).pooler_output
 
-    def patch_tokens(self, x: Tensor) -> Tensor:
-        patches = self.vision_model(pixel_values=x).last_hidden_state
-        return self.vision_model.head(patches.flatten(0, 1).unsqueeze(1)).view(patches.shape)
+    def tokens(self, x: Tensor) -> Tensor:
+        out = self.vision_model(pixel_values=x)
+        patches = out.last_hidden_state
+        alone = self.vision_model.head(patches.flatten(0, 1).unsqueeze(1)).view(patches.shape)
+        return torch.cat([out.pooler_output.unsqueeze(1), alone], dim=1)
 
 
 class SiglipText(nn.Module):

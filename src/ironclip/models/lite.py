@@ -81,11 +81,12 @@ class LiteImage(nn.Module):
         out: Tensor = self.head(self.pooled(x))
         return out
 
-    def patch_tokens(self, x: Tensor) -> Tensor:
-        """Every cell of the spatial map through the same head: (b, p, 384), row by row, p = 49 at 224 pixels."""
-        cells = self.backbone(x).float().flatten(2).transpose(1, 2)
-        out: Tensor = self.head(cells.flatten(0, 1))
-        return out.view(*cells.shape[:2], -1)
+    def tokens(self, x: Tensor) -> Tensor:
+        """The feature, then every cell of the spatial map through the same head: (b, 1 + p, 384), p = 49 at 224 px."""
+        found = self.backbone(x).float()
+        cells = found.flatten(2).transpose(1, 2)
+        first, rest = self.head(found.mean(dim=(2, 3))), self.head(cells.flatten(0, 1))
+        return torch.cat([first.unsqueeze(1), rest.view(*cells.shape[:2], -1)], dim=1)
 
     def to_precision(self, dtype: torch.dtype) -> LiteImage:
         """Cast the backbone only: the head's softmax over 1000 classes stays in float32."""

@@ -25,14 +25,24 @@ class OpenClipViT(OpenClipImage):
 
     visual: Any
 
+    @property
+    def last(self) -> Any:
+        """The last block."""
+        return self.visual.transformer.resblocks[-1]
+
+    def class_token(self, hidden: Tensor) -> Tensor:
+        """What the last block makes of the class token of hidden (b, n, w): (b, 1, w), and nothing else of its work."""
+        block, keys = self.last, self.last.ln_1(hidden)
+        top = hidden[:, :1] + block.ls_1(block.attn(keys[:, :1], keys, keys, need_weights=False)[0])
+        return top + block.ls_2(block.mlp(block.ln_2(top)))
+
     def pre_norm(self, tokens: Tensor) -> Tensor:
         """The normalisation that tokens pass before the first block."""
         return self.visual.ln_pre(tokens)
 
-    def patch_tokens(self, x: Tensor) -> Tensor:
-        options = {"indices": 1, "normalize_intermediates": True, "intermediates_only": True, "output_fmt": "NLC"}
-        patches = self.visual.forward_intermediates(x, **options)["image_intermediates"][0]
-        return patches @ self.visual.proj
+    def tokens(self, x: Tensor) -> Tensor:
+        out = self.visual.forward_intermediates(x, indices=1, normalize_intermediates=True, output_fmt="NLC")
+        return torch.cat([out["image_features"].unsqueeze(1), out["image_intermediates"][0] @ self.visual.proj], dim=1)
 
 
 class CausalText(nn.Module):
