@@ -20,7 +20,7 @@ from ironclip.core.rng import SampleRNG
 from ironclip.core.zeroshot import ZeroShot
 from ironclip.data import joined
 from ironclip.data.imageset import ImageSet
-from ironclip.defenses._train import BASE, Inner, cross_entropy, finetuned, logits, prompted
+from ironclip.defenses._train import BASE, RECIPE, Inner, cross_entropy, finetuned, logits, prompted
 from ironclip.defenses.tecoa import TeCoA
 from ironclip.training.feed import Feed
 
@@ -136,7 +136,7 @@ def test_robustness_is_gained_and_everything_else_stays(problem: Any) -> None:
     method = TeCoA(eps="4/255", alpha="2/255", steps=5)
     state = method.fit(clf, data, loop=replace(LOOP, steps=60, lr=3e-3, optimizer="adamw"))
     fitted = method.apply(clf, state)
-    assert all(k == BASE or k.startswith("image.") for k in state)
+    assert all(k in (BASE, RECIPE) or k.startswith("image.") for k in state)
     assert fitted.vlm.text is clf.vlm.text
     assert torch.equal(fitted.weights, clf.weights)
     assert fitted.scale == clf.scale
@@ -170,6 +170,8 @@ def test_states_of_other_backbones_are_refused(problem: Any) -> None:
     unmarked = {k: v for k, v in state.items() if k != BASE}
     with pytest.raises(ValueError, match="fitted on another backbone"):
         TeCoA().apply(ZeroShot.build(toy_vlm(tower="attention"), CLASSES), unmarked)
+    with pytest.raises(ValueError, match=r"fitted by TeCoA\(eps=1/255, .*\), not by TeCoA\(eps=4/255"):
+        TeCoA(eps="4/255").apply(clf, state)
     with pytest.raises(ValueError, match="tecoa must be fitted first; run ironclip fit 'tecoa'"):
         TeCoA().apply(clf)
 

@@ -15,6 +15,7 @@ import typer
 from ironclip.cli.attack import attack
 from ironclip.cli.bench import bench
 from ironclip.cli.doctor import doctor
+from ironclip.cli.fit import fit
 from ironclip.cli.listing import listing
 from ironclip.cli.pretrain import pretrain
 from ironclip.cli.report import report
@@ -37,6 +38,9 @@ def _example(text: str) -> str:
 app.command(epilog=_example("ironclip bench --vlm lite --data photos --defenses all --threat static,adaptive"))(bench)
 app.command(epilog=_example("ironclip run quick --store store"))(run)
 app.command(epilog=_example("ironclip attack --vlm tiny --data shapes --limit 8 --out adversarial"))(attack)
+app.command(epilog=_example("ironclip fit 'TeCoA(eps=1/255)' --vlm tiny --data shapes:train --out states --steps 300"))(
+    fit
+)
 app.command(epilog=_example("ironclip pretrain --out runs/tiny --steps 200"))(pretrain)
 app.command(epilog=_example("ironclip report --store store --out report"))(report)
 app.command("list", epilog=_example("ironclip list defenses"))(listing)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ironclip.cli import options as o
+from ironclip.cli.progress import Steps
 
 CLEAN: int | None = None  # images that the figures are taken on; None: all
 ATTACKED = 200
@@ -46,16 +46,6 @@ def pretrain(
 
 def train(config: Any, data: str, out: Path, device: str, resume: bool) -> dict[str, Any]:
     """Open the data, train with a bar on standard error, measure, complete the manifest and return it."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     from ironclip.data import load_data
     from ironclip.training.checkpoint import write_json
     from ironclip.training.pretrain import pretrain as run
@@ -64,22 +54,8 @@ def train(config: Any, data: str, out: Path, device: str, resume: bool) -> dict[
     source: Any = load_data(data, size)
     if not hasattr(source, "captions"):
         raise ValueError(f"pre-training needs captions, which {data} does not have; use --data shapes:train")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    clock = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
-    with Progress(*columns, *clock, console=Console(file=sys.stderr), transient=True) as bar:
-        task = bar.add_task("pretrain", total=config.steps)
-        first, best = True, ""
-
-        def show(step: int, steps: int, metrics: dict[str, Any]) -> None:
-            nonlocal first, best
-            if first:  # steps done by an earlier process say nothing about the speed of this one
-                bar.reset(task, completed=step - 1)
-                first = False
-            if "val_accuracy" in metrics:
-                best = f", val {metrics['val_accuracy']:.1f} %"
-            bar.update(task, completed=step, description=f"loss {metrics['loss']:.3f}{best}")
-
-        manifest = run(config, source, load_data("shapes:val", size), out, device=device, resume=resume, progress=show)
+    with Steps("pretrain") as bar:
+        manifest = run(config, source, load_data("shapes:val", size), out, device=device, resume=resume, progress=bar)
     manifest["command"] = (
         f"ironclip pretrain --data {data} --out OUT --seed {config.seed} --steps {config.steps} "
         f"--batch-size {config.batch_size} --lr {config.lr}"

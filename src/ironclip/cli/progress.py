@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 class Bar:
@@ -48,3 +57,31 @@ class Bar:
         if self.stack:
             task = self.stack.pop()
             self.bars.remove_task(task)
+
+
+class Steps:
+    """A bar over the steps of a training run, to be called as ``progress(step, steps, metrics)``."""
+
+    def __init__(self, what: str) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        clock = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+        self.bars = Progress(*columns, *clock, console=Console(file=sys.stderr), transient=True)
+        self.what, self.held_out = what, ""
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> Steps:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def __call__(self, step: int, steps: int, metrics: dict[str, Any]) -> None:
+        """``step`` of ``steps`` is done."""
+        if self.task is None:  # steps done by an earlier process say nothing about the speed of this one
+            self.task = self.bars.add_task(self.what, total=steps, completed=step - 1)
+        shown = {"val_accuracy": "val", "val_clean": "clean", "val_robust": "robust"}
+        if any(k in metrics for k in shown):
+            self.held_out = "".join(f", {word} {metrics[k]:.1f} %" for k, word in shown.items() if k in metrics)
+        text = f"{self.what}: loss {metrics['loss']:.3f}{self.held_out}"
+        self.bars.update(self.task, completed=step, description=text)

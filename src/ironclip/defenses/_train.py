@@ -26,7 +26,7 @@ from ironclip.defenses._inner import inner_gradient
 from ironclip.training.feed import Source
 from ironclip.training.finetune import Plan, Session, finetune
 
-BASE, MEAN, STD = "base.sha256", "norm.mean", "norm.std"
+BASE, RECIPE, MEAN, STD = "base.sha256", "fit.recipe", "norm.mean", "norm.std"
 FINEST = Fraction(1, 2**23)
 
 
@@ -154,20 +154,30 @@ class FineTuned:
     ) -> State:
         """Train on ``data``, whose labels are those of ``clf``; the model is left as it was.
 
-        Returns the tensors of the towers that changed and the fingerprint of the model. Raises ValueError for data or
-        settings that cannot be used, RuntimeError for a training that diverges before its first checkpoint.
+        Returns the tensors of the towers that changed, the fingerprint of the model and the spec. Raises ValueError
+        for data or settings that cannot be used, RuntimeError where training diverges before its first checkpoint.
         """
         used, source = loop or self.loop(), cast_source(data)
         made = self.plan(clf, used)
-        named = full_text(replace(self, mix_alpha=1.0))  # type: ignore[type-var]
-        state = finetune(made, source, loop=used, seed=seed, recipe=named, session=session)
-        return {**state, BASE: fingerprint(clf.vlm)}
+        state = finetune(made, source, loop=used, seed=seed, recipe=self._trained_as(), session=session)
+        told = torch.tensor(list(self._trained_as().encode()), dtype=torch.uint8)
+        return {**state, BASE: fingerprint(clf.vlm), RECIPE: told}
+
+    def _trained_as(self) -> str:
+        """The spec without what does not touch the weights."""
+        return full_text(replace(self, mix_alpha=1.0))  # type: ignore[type-var]
 
     def fitted(self, clf: ZeroShot, state: State | None = None) -> ZeroShot:
-        """The classifier with the fitted weights: what a graybox attacker holds. Raises ValueError without a state."""
+        """The classifier with the fitted weights: what a graybox attacker holds.
+
+        Raises ValueError without a state, and for one of another backbone or of other hyperparameters.
+        """
         name = self.info.name
         if state is None:
             raise ValueError(f"{name} must be fitted first; run ironclip fit {name!r}, or pass state=defense.fit(...)")
+        told = bytes(state[RECIPE].tolist()).decode() if RECIPE in state else self._trained_as()
+        if told != self._trained_as():
+            raise ValueError(f"the state was fitted by {told}, not by {self._trained_as()}; write the former")
         return finetuned(clf, state, self.mix_alpha)
 
     def apply(self, clf: ZeroShot, state: State | None = None) -> ZeroShot:
