@@ -54,6 +54,8 @@ DEFENSES: dict[str, str] = {
     "aom": "ironclip.defenses.aom:AOM",
     "cola": "ironclip.defenses.cola:COLA",
     "tte": "ironclip.defenses.tte:TTE",
+    "anti_adversary": "ironclip.defenses.anti_adversary:AntiAdversary",
+    "hedge": "ironclip.defenses.hedge:Hedge",
     "tecoa": "ironclip.defenses.tecoa:TeCoA",
 }
 
