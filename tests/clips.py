@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from toys import generator
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, SiglipConfig, SiglipModel
+
+import ironclip
+from ironclip.core.vlm import VLM
+from ironclip.models.hf import wrap_clip
 
 CONTEXT, EOS, GRID, SIZE = 24, 257, 4, 32
 TEXTS = ["a cat", "two dogs run", "x"]
@@ -124,3 +130,28 @@ def to_open_clip(model: CLIPModel) -> dict[str, Tensor]:
                 pairs = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
                 out |= {f"{a}{x}.{kind}": theirs[f"{b}{y}.{kind}"] for x, y in pairs.items()}
     return out
+
+
+def small_hf() -> VLM:
+    """``small_clip`` as a model of the library."""
+    return wrap_clip(small_clip(), byte_tokenizer(), "small").freeze()
+
+
+def small_open_clip() -> VLM:
+    """The same weights in open_clip's layout; skips where that library is absent."""
+    library = pytest.importorskip("open_clip")
+    from ironclip.models.open_clip import wrap_open_clip
+
+    model = library.model.CLIP(**open_clip_config("quick_gelu"))
+    model.load_state_dict(to_open_clip(small_clip()), strict=False)
+
+    def tokenize(texts: Sequence[str], context_length: int = CONTEXT) -> Tensor:
+        rows = byte_tokenizer()(list(texts), padding="max_length", truncation=True, max_length=context_length)
+        return torch.tensor(rows["input_ids"]) * torch.tensor(rows["attention_mask"])
+
+    return wrap_open_clip(model, tokenize, "library").freeze()
+
+
+MODELS: dict[str, Callable[[], VLM]] = {
+    "hf": small_hf, "open_clip": small_open_clip, "tiny": lambda: ironclip.load("tiny")
+}  # fmt: skip

@@ -8,9 +8,10 @@ from contextlib import AbstractContextManager
 import pytest
 import torch
 from attack_toys import tensor
+from clips import MODELS
 from torch import Tensor, nn
 
-from ironclip.core.hooks import captured_output, deep_prompts, replaced_output
+from ironclip.core.hooks import captured_output, class_token_only, deep_prompts, replaced_output
 
 
 class Block(nn.Module):
@@ -105,4 +106,29 @@ def test_gradient_reaches_the_prompts_and_depth_is_checked() -> None:
         pytest.raises(ValueError, match="prompts for 4 blocks, but the tower has 3; use depth <= 3"),
         deep_prompts(list(BLOCKS), tensor(4, 2, 5)),
     ):
+        pass
+
+
+@pytest.mark.parametrize("name", ["hf", "open_clip", "tiny"])
+def test_class_token_only_gives_the_same_features(name: str) -> None:
+    vlm = MODELS[name]()
+    x = torch.rand(3, 3, vlm.image_size, vlm.image_size, generator=torch.Generator().manual_seed(0))
+    blocks = vlm.vision_blocks
+    prompts = tensor(len(blocks), 2, vlm.parts.vision_width, seed=1)
+    for deep in (prompts[:0], prompts):
+        leaf = x.clone().requires_grad_(True)
+        with deep_prompts(blocks, deep):
+            want = vlm.encode_image(leaf)
+            (grad,) = torch.autograd.grad(want[:, 0].sum(), leaf)
+            with class_token_only(vlm.image), captured_output(blocks[-1]) as seen:
+                got = vlm.encode_image(leaf)
+                (again,) = torch.autograd.grad(got[:, 0].sum(), leaf)
+        assert len(seen) == 1
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+        torch.testing.assert_close(again, grad, rtol=1e-3, atol=1e-5 * float(grad.abs().max()))
+    assert "forward" not in vars(blocks[-1])
+    with pytest.raises(RuntimeError, match="stop"), class_token_only(vlm.image):
+        raise RuntimeError("stop")
+    assert "forward" not in vars(blocks[-1])
+    with class_token_only(nn.Identity()):
         pass

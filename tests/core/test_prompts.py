@@ -2,52 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 import torch.nn.functional as F
-from clips import byte_tokenizer, small_clip, to_open_clip
+from clips import MODELS, small_hf
 from torch import Tensor
 from toys import generator, toy_vlm
 
-import ironclip
 from ironclip.core.hooks import replaced_output
 from ironclip.core.prompts import SoftPrompts, replaced_tokens
-from ironclip.core.vlm import VLM
-from ironclip.models.hf import wrap_clip
 
 NAMES = ("cat", "large dog", "ox", "yellow-green bee", "a", "emu", "cats")
-
-
-def hf() -> VLM:
-    return wrap_clip(small_clip(), byte_tokenizer(), "small").freeze()
-
-
-def library() -> VLM:
-    open_clip = pytest.importorskip("open_clip")
-    from clips import EOS, open_clip_config
-
-    from ironclip.models.open_clip import wrap_open_clip
-
-    model = open_clip.model.CLIP(**open_clip_config("quick_gelu"))
-    model.load_state_dict(to_open_clip(small_clip()), strict=False)
-
-    def tokenize(texts: Sequence[str], context_length: int = 24) -> Tensor:
-        rows = byte_tokenizer()(list(texts), padding="max_length", truncation=True, max_length=context_length)
-        ids = torch.tensor(rows["input_ids"])
-        mask = torch.tensor(rows["attention_mask"])
-        assert EOS == 257
-        return ids * mask
-
-    return wrap_open_clip(model, tokenize, "library").freeze()
-
-
-def embedded() -> VLM:
-    return ironclip.load("tiny")
-
-
-MODELS = {"hf": hf, "open_clip": library, "tiny": embedded}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -143,24 +108,24 @@ def test_nothing_stays_behind(soft: SoftPrompts) -> None:
 
 
 def test_a_tower_without_a_causal_mask_is_run_as_it_is() -> None:
-    vlm = hf()
+    vlm = small_hf()
     vlm.causal = False
     soft = SoftPrompts.of(vlm, NAMES, "a b {}.")
     assert soft.packs is None
     torch.testing.assert_close(soft.features(soft.initial), vlm.encode_text([f"a b {n}." for n in NAMES]))
     cotangents = torch.randn(2, soft.k, vlm.dim, generator=generator(1))
     got = soft.pullback(soft.initial, cotangents)
-    want = SoftPrompts.of(hf(), NAMES, "a b {}.").pullback(soft.initial, cotangents)
+    want = SoftPrompts.of(small_hf(), NAMES, "a b {}.").pullback(soft.initial, cotangents)
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5 * float(want.abs().max()))
 
 
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match=r"template must have words before one \{\}, got '\{\}.'; write 'a photo of a"):
-        SoftPrompts.of(hf(), NAMES, "{}.")
+        SoftPrompts.of(small_hf(), NAMES, "{}.")
     with pytest.raises(ValueError, match="no class names; pass at least two"):
-        SoftPrompts.of(hf(), ())
+        SoftPrompts.of(small_hf(), ())
     with pytest.raises(ValueError, match="toy-conv has no token embedding; soft prompts need an hf:"):
         SoftPrompts.of(toy_vlm(), NAMES)
-    soft = SoftPrompts.of(hf(), NAMES, "a b {}.")
+    soft = SoftPrompts.of(small_hf(), NAMES, "a b {}.")
     with pytest.raises(ValueError, match="text prompts for 3 blocks, but small shows 2"):
         soft.features(moved(soft, depth=3))
