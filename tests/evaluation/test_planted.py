@@ -48,7 +48,7 @@ def test_a_detached_gradient_is_broken_by_bpda(results: dict[str, Any]) -> None:
 
 def test_rounding_is_broken_by_its_surrogate_or_bpda(results: dict[str, Any]) -> None:
     row = worst(results, "eight_bit")
-    assert member(row, "through-ce")["broke"] <= 2
+    assert member(row, "through-ce")["broke"] <= 6  # what two random starts can do without a gradient
     assert sum(m["broke"] for m in row["members"] if "bpda" in m["view"] or "identity" in m["view"]) > 10
 
 

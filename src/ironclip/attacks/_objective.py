@@ -33,6 +33,9 @@ class Objective:
             with_target(name, torch.zeros(0))
         else:
             check_labels(target, x.shape[0], what="target")
+            same = (target == y).nonzero().flatten().tolist()
+            if same:
+                raise ValueError(f"target equals the label in rows {same[:5]}; a target must be another class")
         self.name, self.y, self.target, self.k = name, y, target, 0
         self.notes: tuple[str, ...] = ()
 
@@ -68,6 +71,8 @@ class Objective:
             if self.target is not None:
                 check_labels(self.target, len(self.y), self.k, what="target")
             self.name, self.notes = usable(self.name, self.k)
+            if b and bool(((z >= 0).all(dim=1) & ((z.sum(dim=1) - 1).abs() < 1e-5)).all()):
+                self.notes += ("probabilities: every row sums to 1; return logits, their gradients vanish less",)
 
     def _fn(self, name: str, z: Tensor, rows: Tensor) -> Loss:
         self.check(z, len(rows))

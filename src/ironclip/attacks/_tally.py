@@ -115,10 +115,18 @@ def value(clf: Fn, x: Tensor, loss: Callable[[Tensor], Tensor], rng: SampleRNG) 
         for i in range(draws):
             draw = rng.at(rng.draw * draws + i) if draws > 1 else rng
             outs.append(base(x, draw))
+            check_width(clf, outs[-1])
             losses.append(loss(outs[-1]) if penalty is None else loss(outs[-1]) - penalty(x, draw))
     if draws == 1:
         return outs[0], losses[0]
     return torch.stack(outs).mean(0), torch.stack(losses).mean(0)
+
+
+def check_width(clf: Fn, out: Tensor) -> None:
+    """Refuse logits (b, k) whose k is not the number of classes that the classifier names. Raises ValueError."""
+    k = base_of(clf, "k")
+    if isinstance(k, int) and (out.ndim != 2 or out.shape[1] != k):
+        raise ValueError(f"the classifier has {k} classes but returned {tuple(out.shape)}; return logits (b, {k})")
 
 
 def mixed(loss: RowLoss, rescue: RowLoss | None, rows: Tensor, swapped: Tensor) -> Callable[[Tensor], Tensor]:
@@ -146,6 +154,7 @@ def gradient(
     """
     draws, before = draws_of(clf), swapped[rows]
     g = loss_and_grad(clf, x, mixed(loss, rescue, rows, swapped), rng)
+    check_width(clf, g.out)
     tally.spend(rows, draws, draws)
     if rescue is not None:
         dead = (g.grad.flatten(1).abs().amax(dim=1) == 0) & ~before

@@ -59,8 +59,8 @@ class Square:
         check_choice(self.loss, ("margin", "ce"), "loss")
         check_choice(self.policy, ("max_loss", "first_success"), "policy")
         object.__setattr__(self, "eps", check_eps(self.eps, self.norm))
-        if self.queries < 0 or self.restarts < 1:
-            raise ValueError(f"queries must be >= 0 and restarts >= 1, got {self.queries} and {self.restarts}")
+        if self.queries < 1 or self.restarts < 1:
+            raise ValueError(f"queries and restarts must be at least 1, got {self.queries} and {self.restarts}")
         if not 0 < self.p <= 1:
             raise ValueError(f"p must be in (0, 1], got {self.p}; write 0.8")
 
@@ -79,7 +79,7 @@ class Square:
             new = self._run(clf, x[rows], part, rng.fold("square", i)[rows], drop)
             total = new if total is None else absorb(total, new, rows)
         assert total is not None
-        return total
+        return replace(total, notes=(*goal.notes, *total.notes))
 
     def side(self, query: int, h: int, w: int) -> int:
         """Side of the square at a query, counted from 0."""

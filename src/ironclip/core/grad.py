@@ -43,7 +43,7 @@ def loss_and_grad(clf: Fn, x: Tensor, loss: Callable[[Tensor], Tensor], rng: Sam
     for i in range(draws):
         leaf = x.detach().requires_grad_(True)
         with torch.enable_grad():
-            out = base(leaf, _draw(rng, i, draws))
+            out = _called(base, leaf, _draw(rng, i, draws))
             value = loss(out)
             penalty = getattr(base, "penalty", None)
             if penalty is not None:
@@ -69,6 +69,18 @@ def loss_and_grad(clf: Fn, x: Tensor, loss: Callable[[Tensor], Tensor], rng: Sam
     if draws == 1:
         return Grad(total_out, total_loss, total_grad, 1)
     return Grad(total_out / draws, total_loss / draws, total_grad / draws, draws)
+
+
+def _called(clf: Fn, x: Tensor, rng: SampleRNG | None) -> Tensor:
+    try:
+        return clf(x, rng)
+    except RuntimeError as err:
+        if "numpy()" not in str(err):  # what torch says when NumPy or PIL asks for the pixels
+            raise
+        raise NoGradientError(
+            "the classifier takes the pixels out of autograd (NumPy, PIL); attack its surrogate, or use a black-box "
+            f"attack: {err}"
+        ) from err
 
 
 def _draw(rng: SampleRNG | None, i: int, draws: int) -> SampleRNG | None:

@@ -94,7 +94,7 @@ class StraightThrough:
 
     def __call__(self, x: Tensor, rng: SampleRNG | None = None) -> Tensor:
         with torch.no_grad():
-            value = self.base(x, rng)
+            value = self.base(x.detach(), rng)
         soft = self.backward(x, rng)
         return soft + (value - soft).detach()
 

@@ -19,8 +19,9 @@ from ironclip.evaluation.adversarial import COLUMNS, adversarial
 from ironclip.evaluation.block import Block, Entry
 from ironclip.evaluation.cells import Cell, Filled, cell, clean_cell, clean_rows, distance, fill, rows_by_id, run_static
 from ironclip.evaluation.judge import Verdict, judge
+from ironclip.evaluation.plans import Plan, plan
 from ironclip.evaluation.recipes import Member
-from ironclip.evaluation.threat import attack_view, composition, fitted
+from ironclip.evaluation.threat import fitted
 from ironclip.registry import build_attack
 
 
@@ -33,8 +34,8 @@ def run_adaptive(
 
     Only samples that are still right on some draw go on to the next member, except where the defense couples the batch.
     """
-    members = composition(entry.defense, block.budget, threat)
-    specs = [m.spec(eps, norm, block.budget.steps) if m.view != "static" else "static" for m in members]
+    plans = plan(block, entry, eps, norm, threat)
+    members = [p.member for p in plans]
     c = cell(
         block,
         entry,
@@ -42,8 +43,9 @@ def run_adaptive(
         eps=f"{eps.numerator}/{eps.denominator}",
         norm=norm,
         budget=asdict(block.budget),
-        members=[[m.name, m.view, s, m.beta] for m, s in zip(members, specs, strict=True)],
+        members=[p.key() for p in plans],
         transfer=sorted(full_text(a) for a in attacks),
+        relatives=[r.vlm.weights_hash for r in block.relatives],
         precision=block.precision,
     )
     clean = clean_rows(block, entry)
@@ -53,24 +55,28 @@ def run_adaptive(
 
     def rows(x: Tensor, y: Tensor, ids: list[str]) -> Filled:
         trial = Trial(block, entry, defended, batchwise, x, y, ids, clean)
-        for member, spec in zip(members, specs, strict=True):
-            if member.view == "static":
-                trial.transfer(member, static)
+        for p in plans:
+            if p.view is None:
+                trial.transfer(p.member, static)
             else:
-                trial.run(member, spec)
+                trial.run(p, p.view)
         gallery.keep(block, entry, c.digest, None, threat, defended, x, trial.x_worst, y, ids, eps, norm)
-        return trial.rows(), {}
+        return trial.rows(), {"autograd": float(trial.autograd)}
 
-    facts = {"eps": f"{eps.numerator}/{eps.denominator}", "norm": norm}
+    facts = {"eps": f"{eps.numerator}/{eps.denominator}", "norm": norm, "plans": [described(p) for p in plans]}
 
     def weight() -> float:
         spent = block.store.tally(clean_cell(block, entry).digest)
         per = max(spent.get("forwards", 1) + spent.get("backwards", 0), 1) / max(spent.get("n", 1), 1)
-        eot = block.budget.eot if bool(base_of(defended, "randomized")) else 1
-        return sum(block.budget.steps * eot * per * 2 for m in members if m.white)
+        return sum(block.budget.steps * p.draws * per * 2 for p in plans if p.member.white)
 
     fill(block, entry, c, rows, weight=weight(), members=members, facts=facts)
     return c
+
+
+def described(p: Plan) -> dict[str, Any]:
+    """What the cell's record says of a member: its attack, draws per gradient, cosine of two such gradients."""
+    return {"name": p.member.name, "attack": p.spec, "draws": p.draws, "cosine": p.cosine}
 
 
 class Trial:
@@ -92,52 +98,57 @@ class Trial:
         self.clean = [clean[i] for i in ids]
         self.value = torch.tensor([float(r["correct"]) for r in self.clean], dtype=torch.float32)
         self.white, self.worst_all = self.value.clone(), torch.tensor([bool(r["worst"]) for r in self.clean])
-        self.x_worst, self.correct, self.ran, self.dead = x.clone(), [], [], []  # type: ignore[var-annotated]
+        self.x_worst, self.autograd, b = x.clone(), False, len(ids)
+        self.by_member: dict[str, list[Tensor]] = {
+            k: [] for k in ("correct", "ran", "dead", "blocked", "late", "blank")
+        }
         self.broken_by = [""] * len(ids)
         self.tie = torch.zeros(len(ids), dtype=torch.bool)
-        self.flips, self.pred = self.tie.clone(), torch.tensor([int(r["pred"]) for r in self.clean])
-        self.cost = torch.zeros(len(ids), 2, dtype=torch.long)
-        self.late, self.zero_pixels = torch.zeros(len(ids)), torch.zeros(len(ids))
+        self.moved, self.pred = self.tie.clone(), torch.tensor([int(r["pred"]) for r in self.clean])
+        self.cost, self.dtype = torch.zeros(b, 2, dtype=torch.long), self.tie.clone()
 
-    def run(self, member: Member, spec: str) -> None:
+    def run(self, p: Plan, view: Classifier) -> None:
         """One member on the samples that are still right."""
         alive = torch.ones_like(self.tie) if self.batchwise else self.value > 0
-        correct, ran = torch.ones(len(self.ids)), alive.clone()
-        dead = torch.zeros_like(alive)
+        made = {"correct": torch.ones(len(self.ids)), "ran": alive.clone()}
+        made |= {"dead": torch.zeros_like(alive), "blocked": torch.zeros_like(alive)}
+        made |= {"late": torch.zeros(len(self.ids)), "blank": torch.zeros(len(self.ids))}
         if bool(alive.any()):
             idx = alive.nonzero().flatten()
             ids = [self.ids[i] for i in idx.tolist()]
-            rng = self.block.rng(ids).fold("adaptive", member.name)
+            rng = self.block.rng(ids).fold("adaptive", p.member.name)
             x, y = self.x[idx], self.y[idx]
-            result = self._attack(member, spec, x, y, ids, rng)
+            result = self._attack(p, view, x, y, ids, rng)
             if result is None:
-                dead[idx] = True
+                made["dead"][idx] = made["blocked"][idx] = True
             else:
-                verdict = judge(self.defended, result.x_adv, y, rng, self.block.budget.draws)
-                correct[idx] = verdict.correct.cpu()
-                dead[idx] = result.zero_grad.cpu()
+                verdict = judge(self.defended, result.x_adv, y, rng, self.block.budget.draws, self.block.clf.k)
+                self.autograd |= verdict.autograd
+                made["correct"][idx] = verdict.correct.cpu()
+                made["dead"][idx] = result.zero_grad.cpu()
+                made["late"][idx] = result.late_gain.cpu().float()
+                made["blank"][idx] = result.zero_pixels.cpu().float()
                 self.cost[idx, 0] += result.forwards.cpu()
                 self.cost[idx, 1] += result.backwards.cpu()
-                self.late[idx] = torch.maximum(self.late[idx], result.late_gain.cpu().float())
-                self.zero_pixels[idx] = torch.maximum(self.zero_pixels[idx], result.zero_pixels.cpu().float())
-                self._worse(idx, verdict, result.x_adv, member)
-        self.correct.append(correct)
-        self.ran.append(ran)
-        self.dead.append(dead)
+                same = p.member.view in ("through", "bpda") and not base_of(view, "randomized")
+                if same and self.block.precision != "fp32":
+                    self.dtype[idx] |= (result.success != (verdict.correct < 0.5)).cpu()
+                self._worse(idx, verdict, result.x_adv, p.member)
+        for key, line in made.items():
+            self.by_member[key].append(line)
 
     def _attack(
-        self, member: Member, spec: str, x: Tensor, y: Tensor, ids: list[str], rng: SampleRNG
+        self, p: Plan, view: Classifier, x: Tensor, y: Tensor, ids: list[str], rng: SampleRNG
     ) -> AttackResult | None:
-        attack = build_attack(spec)
+        attack = build_attack(p.spec)
         block, entry = self.block, self.entry
-        if member.view == "base":
+        if p.member.view == "base":
             target = fitted(entry.defense.info, entry.defense, block.clf, entry.state)
             fast = fitted(entry.defense.info, entry.defense, block.fast, entry.state)
             kept = block.store.adversarial(block.adv_key(target, attack))
             x_adv, cols = adversarial(block, target, fast, attack, kept, x, y, ids)
             notes: Any = {name: cols[name] for name in COLUMNS}
             return AttackResult(x_adv=x_adv, success=cols["success"], **notes)
-        view, _ = attack_view(entry.defense, block.fast, entry.state, member, block.budget)
         try:
             return attack(view, x, y, rng=rng)
         except NoGradientError:
@@ -154,7 +165,7 @@ class Trial:
         self.value[idx] = torch.minimum(self.value[idx], got)
         self.worst_all[idx] &= verdict.worst.cpu()
         self.tie[idx] |= verdict.tie.cpu()
-        self.flips[idx] |= verdict.flips.cpu()
+        self.moved[idx] |= verdict.moved.cpu()
         if member.white:
             self.white[idx] = torch.minimum(self.white[idx], got)
 
@@ -171,9 +182,11 @@ class Trial:
         self.value = torch.minimum(self.value, got)
         if member.white:
             self.white = torch.minimum(self.white, got)
-        self.correct.append(got)
-        self.ran.append(torch.full_like(self.tie, bool(static)))
-        self.dead.append(torch.zeros_like(self.tie))
+        made = {"correct": got, "ran": torch.full_like(self.tie, bool(static))}
+        made |= {k: torch.zeros_like(self.tie) for k in ("dead", "blocked")}
+        made |= {k: torch.zeros(len(self.ids)) for k in ("late", "blank")}
+        for key, line in made.items():
+            self.by_member[key].append(line)
 
     def rows(self) -> list[dict[str, Any]]:
         """One record per sample."""
@@ -187,19 +200,13 @@ class Trial:
                 "worst": bool(self.worst_all[i] and self.value[i] > 0),
                 "white_correct": float(self.white[i]),
                 "broken_by": self.broken_by[i],
-                "correct": [float(m[i]) for m in self.correct],
-                "ran": [bool(m[i]) for m in self.ran],
-                "dead": [bool(m[i]) for m in self.dead],
+                **{k: [m[i].item() for m in lines] for k, lines in self.by_member.items()},
                 "attack_forwards": int(self.cost[i, 0]),
                 "attack_backwards": int(self.cost[i, 1]),
-                "late_gain": float(self.late[i]),
-                "zero_pixels": float(self.zero_pixels[i]),
-                "zero_grad": all(bool(d[i]) for d, r in zip(self.dead, self.ran, strict=True) if r[i]),
                 "tie": bool(self.tie[i] or self.clean[i]["tie"]),
-                "stochastic": bool(self.flips[i] or self.clean[i]["stochastic"]),
+                "stochastic": bool(self.moved[i] or self.clean[i]["stochastic"]),
                 "probabilities": bool(self.clean[i]["probabilities"]),
-                "dynamic": False,
-                "dtype_flip": False,
+                "dtype_flip": bool(self.dtype[i]),
                 **distance(self.x, self.x_worst, i),
             }
             for i in range(len(self.ids))

@@ -73,7 +73,8 @@ class Block:
     """Everything that the cells of one (model, data set) block need.
 
     ``clf`` answers in fp32 and its answers count; ``fast`` is the same classifier at the attack's precision. ``shard``:
-    (i, w) of w workers, each doing every w-th sample of the subset.
+    (i, w) of w workers, each doing every w-th sample of the subset. ``relatives``: the same classes on other models,
+    for examples that are made there and shown here.
     """
 
     vlm: VLM
@@ -88,6 +89,7 @@ class Block:
     gallery: int = 4
     shard: tuple[int, int] = (0, 1)
     progress: Progress = field(default_factory=Silent)
+    relatives: tuple[ZeroShot, ...] = ()
 
     @property
     def device(self) -> torch.device:

@@ -17,6 +17,7 @@ from ironclip.core.views import base_of
 from ironclip.evaluation import gallery
 from ironclip.evaluation.adversarial import adversarial
 from ironclip.evaluation.block import Block, Entry
+from ironclip.evaluation.checks import checks
 from ironclip.evaluation.judge import Verdict, is_random, judge
 from ironclip.evaluation.recipes import Member
 from ironclip.evaluation.record import footer
@@ -59,8 +60,7 @@ def run_clean(block: Block, entry: Entry) -> Cell:
 
     def rows(x: Tensor, y: Tensor, ids: list[str]) -> Filled:
         verdict, spent = counted_judge(block, defended, x, y, block.rng(ids).fold("clean"))
-        dynamic = {"dynamic": spent["backwards"] > 0}
-        made = [{"sample_id": ids[i], "label": int(y[i]), **answers(verdict, i), **dynamic} for i in range(len(ids))]
+        made = [{"sample_id": ids[i], "label": int(y[i]), **answers(verdict, i)} for i in range(len(ids))]
         return made, spent
 
     fill(block, entry, c, rows, weight=1.0)
@@ -87,7 +87,7 @@ def run_static(block: Block, entry: Entry, attack: Attack, threat: str = "static
             {
                 "sample_id": ids[i],
                 "label": int(y[i]),
-                **{f"clean_{k}": v for k, v in clean[ids[i]].items() if k in ("pred", "correct", "margin")},
+                **{f"clean_{k}": v for k, v in clean[ids[i]].items() if k in ("pred", "correct", "margin", "top")},
                 **answers(verdict, i),
                 "undefended_pred": int(cols["adv_pred"][i]),
                 "attack_success": bool(cols["success"][i]),
@@ -111,7 +111,8 @@ def run_static(block: Block, entry: Entry, attack: Attack, threat: str = "static
 
 
 Filled = tuple[list[dict[str, Any]], dict[str, float]]
-"""Rows of one batch and what judging it cost: ``forwards``, ``backwards`` and ``n`` judged images."""
+"""Rows of one batch and what judging it cost: ``forwards``, ``backwards`` and ``n`` judged images; ``autograd``:
+above 0 if gradients were taken inside the classifier."""
 
 
 def fill(
@@ -123,7 +124,7 @@ def fill(
     weight: float,
     members: list[Member] | None = None,
     attack: Attack | None = None,
-    facts: dict[str, str] | None = None,
+    facts: dict[str, Any] | None = None,
 ) -> None:
     """Run ``rows`` on whatever the store does not hold of the block's samples, batch by batch, then close the cell."""
     missing = set(block.data.ids) - {r["sample_id"] for r in block.store.rows(c.digest)}
@@ -138,7 +139,8 @@ def fill(
     done = not set(block.data.ids) - {r["sample_id"] for r in block.store.rows(c.digest)}
     if done and (missing or not block.store.footer(c.digest)):
         listed = [{"name": m.name, "view": m.view, "white": m.white} for m in members or []]
-        block.store.finish(c.digest, footer(block, entry, c.key, listed, attack, facts or {}))
+        said = {**(facts or {}), "checks": checks(block, entry)}
+        block.store.finish(c.digest, footer(block, entry, c.key, listed, attack, said))
 
 
 def counted_judge(
@@ -146,9 +148,10 @@ def counted_judge(
 ) -> tuple[Verdict, dict[str, float]]:
     """The verdict and its cost in image-tower passes."""
     with block.vlm.counting() as spent:
-        verdict = judge(clf, x, y, rng, block.budget.draws)
+        verdict = judge(clf, x, y, rng, block.budget.draws, block.clf.k)
     draws = block.budget.draws if is_random(clf) else 1
-    return verdict, {"forwards": spent.forwards, "backwards": spent.backwards, "n": len(y) * draws}
+    costs = {"forwards": spent.forwards, "backwards": spent.backwards, "n": len(y) * draws}
+    return verdict, costs | {"autograd": float(verdict.autograd)}
 
 
 def budget_of(attack: Attack) -> dict[str, str]:
@@ -180,10 +183,10 @@ def answers(v: Verdict, i: int) -> dict[str, Any]:
         "worst": bool(v.worst[i]),
         "margin": float(v.margin[i]),
         "tie": bool(v.tie[i]),
-        "stochastic": bool(v.flips[i]),
+        "stochastic": bool(v.moved[i]),
         "probabilities": bool(v.probabilities[i]),
-        "dynamic": False,
         "dtype_flip": False,
+        "top": float(v.logits[i].max()),
     }
 
 

@@ -41,9 +41,12 @@ def _work(job: Job, folder: str, shard: tuple[int, int], threads: int, told: Any
 def spread(job: Job, folder: Path, workers: int, progress: Progress) -> None:
     """Fill the store with ``workers`` processes. A worker that dies costs its batch in flight: the caller's own run
     does what is missing. Raises ValueError for objects that cannot be sent; an interrupt ends the workers too."""
-    if isinstance(job.vlm, VLM) or any(not isinstance(v, str) for v in (*job.data, *job.defenses, *job.attacks)):
+    if isinstance(job.vlm, VLM) or any(
+        not isinstance(v, str) for v in (*job.data, *job.defenses, *job.attacks, *job.relatives)
+    ):
         raise ValueError(
-            "executor=process needs specs as text for vlm, data, defenses and attacks; or use executor=serial"
+            "executor=process needs specs as text for vlm, data, defenses, attacks and relatives; "
+            "or use executor=serial"
         )
     context = multiprocessing.get_context("spawn")
     told = context.Queue()

@@ -18,7 +18,7 @@ if sys.version_info >= (3, 11):
 else:  # pragma: no cover
     import tomli as tomllib
 
-LISTS = ("data", "defenses", "attacks", "threat")
+LISTS = ("data", "defenses", "attacks", "threat", "relatives")
 FIELDS = tuple(f.name for f in fields(Job))
 
 

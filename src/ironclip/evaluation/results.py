@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
+from ironclip.evaluation.checks import check_flags
 from ironclip.evaluation.probes import probe_flags
 from ironclip.evaluation.stats import harmonic, macro_mean, pairwise, wilson
 from ironclip.evaluation.store import Store
-from ironclip.evaluation.suspicion import FATAL, adaptive_flags, attack_flags
+from ironclip.evaluation.suspicion import FATAL, adaptive_flags, attack_flags, budget_flags
 
 FORMAT = 1
 NO_COST: dict[str, Any] = {"ms_per_image": None, "ms_batch": None, "memory_mb": None}
@@ -37,15 +38,17 @@ def cell_row(store: Store, digest: str, ids: Sequence[str] | None = None) -> tup
     robust = sum(outcome.values())
     flags: list[str] = []
     members: list[dict[str, Any]] = []
+    found: dict[str, Any] = {}
     if adaptive:
-        members = _members(rows, foot["members"])
+        members = _members(rows, foot["members"], foot.get("plans", []))
         flags = adaptive_flags(rows, foot["members"])
-        flags += [f for f in attack_flags(rows, float(eps), foot["norm"]) if f == "budget"]
+        flags += budget_flags(rows, float(eps), foot["norm"])
         found = store.get_json("probes", digest) or {}
         flags += probe_flags(found, robust / n, n, clean / n, eps, foot["k"])
     else:
         flags = attack_flags(rows, float(eps), foot["norm"])
     tally = foot.get("tally", {})
+    flags += check_flags(foot.get("checks", {}), tally)
     spent = max(tally.get("n", 0), 1)
     clean_lo, clean_hi = wilson(clean, n)
     lo, hi = wilson(robust, n)
@@ -73,6 +76,8 @@ def cell_row(store: Store, digest: str, ids: Sequence[str] | None = None) -> tup
         "members": members,
         "budget": foot["budget"] if adaptive else "",
         "draws": foot["draws"],
+        "probes": found,
+        "checks": foot.get("checks", {}),
         **{k: foot[k] for k in ("prompts", "seed", "precision", "recipe", "state")},
         "digest": digest,
     }
@@ -121,14 +126,25 @@ def assemble(
     }
 
 
-def _members(rows: list[dict[str, Any]], members: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    out = []
+def _members(
+    rows: list[dict[str, Any]], members: list[dict[str, Any]], plans: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    out, known = [], {p["name"]: p for p in plans}
     for i, m in enumerate(members):
         ran = [r for r in rows if r["ran"][i]]
         broke = sum(1 for r in rows if r["broken_by"] == m["name"])
         alone = 100 * sum(min(r["correct"][i], r["clean_correct"]) for r in ran) / len(ran) if ran else None
+        blocked = any(r["blocked"][i] for r in ran if "blocked" in r)
+        facts = {k: known.get(m["name"], {}).get(k) for k in ("attack", "draws", "cosine")}
         out.append(
-            {"name": m["name"], "view": m["view"], "white": m["white"], "alone": alone, "ran": len(ran), "broke": broke}
+            {
+                **{k: m[k] for k in ("name", "view", "white")},
+                "alone": alone,
+                "ran": len(ran),
+                "broke": broke,
+                "no_gradient": blocked,
+                **facts,
+            }
         )
     return out
 

@@ -59,6 +59,7 @@ class Job:
     adaptive_limit: int | None = None
     costs: bool = True
     space: str = "model-input"
+    relatives: tuple[Any, ...] = ()
 
 
 def evaluate(
@@ -85,6 +86,7 @@ def evaluate(
     merge_duplicates: bool = True,
     costs: bool = True,
     space: str = "model-input",
+    relatives: str | Sequence[str | VLM] = (),
     progress: Progress | None = None,
     command: str = "",
 ) -> dict[str, Any]:
@@ -97,7 +99,8 @@ def evaluate(
     one a temporary folder is used. ``state``: folder of fitted states, ``NAME.safetensors`` per defense.
     ``precision``: of the attack; predictions that count are always fp32. ``budget``: smoke, quick, short, standard,
     full. ``costs``: measure milliseconds per image too, where the store has none yet. ``space``: where budgets apply,
-    ``model-input``, ``native:SIZE`` or ``file:SIZE`` (``core/space.py``).
+    ``model-input``, ``native:SIZE`` or ``file:SIZE`` (``core/space.py``). ``relatives``: other models
+    whose examples the adaptive attack tries too.
 
     Returns the results dictionary of ``evaluation/results.py``. Raises ValueError for bad input before any work begins;
     a cell that fails later is recorded under ``errors``.
@@ -122,6 +125,7 @@ def evaluate(
         merge_duplicates=merge_duplicates,
         costs=costs,
         space=space,
+        relatives=_listed(relatives),
     )
     return evaluate_jobs([job], store, executor=executor, workers=workers, progress=progress, command=command)
 
@@ -213,6 +217,14 @@ def open_data(spec: str, model: VLM, **options: Any) -> Dataset:
     return cast(Dataset, load_data(spec, model.image_size, **options))
 
 
+def _relative(job: Job, store: Store, spec: Any, model: VLM, data: Dataset) -> ZeroShot:
+    """The same classes on another model, which reads the pixels of ``model`` and resizes them itself."""
+    other = spec if isinstance(spec, VLM) else load(spec, device=job.device)
+    native = f"native:{model.image_size}" if other.image_size != model.image_size else job.space
+    space = job.space if job.space != "model-input" else native
+    return classifier(store, other.in_space(space), data, job.merge_duplicates)
+
+
 def _block(
     job: Job, model: VLM, store: Store, data: Dataset, progress: Progress, shard: tuple[int, int], command: str
 ) -> dict[str, Any]:
@@ -231,6 +243,7 @@ def _block(
         gallery=job.gallery,
         shard=shard,
         progress=progress,
+        relatives=tuple(_relative(job, store, r, model, data) for r in job.relatives),
     )
     few = whole if job.adaptive_limit is None else replace(whole, data=data.subset(job.adaptive_limit, job.seed))
     attacks = [build_attack(a) for a in job.attacks]

@@ -23,11 +23,13 @@ def attack_flags(rows: Sequence[dict[str, Any]], eps: float, norm: str) -> list[
         flags.append("zero-grad")
     if ran and sum(r["late_gain"] for r in ran) / len(ran) > 0.01:
         flags.append("not-converged")
-    if any(r[norm if norm in ("linf", "l2") else "l2"] > eps + 1e-6 for r in rows):
-        flags.append("budget")
-    if any(r["outside_box"] for r in rows):
-        flags.append("budget")
-    return [*flags, *answer_flags(rows)]
+    return [*flags, *budget_flags(rows, eps, norm), *answer_flags(rows)]
+
+
+def budget_flags(rows: Sequence[dict[str, Any]], eps: float, norm: str) -> list[str]:
+    """``budget`` if an image left the ball or the pixel box; sums over all pixels are held to float precision."""
+    most = eps + 1e-6 if norm == "linf" else eps * (1 + 1e-5) + 1e-6
+    return ["budget"] if any(r[norm] > most or r["outside_box"] for r in rows) else []
 
 
 def answer_flags(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -39,8 +41,10 @@ def answer_flags(rows: Sequence[dict[str, Any]]) -> list[str]:
         flags.append("stochastic")
     if rows and all(r["probabilities"] for r in rows):
         flags.append("probabilities")
-    if rows and _share(rows, "dynamic") > 0:
-        flags.append("dynamic")
+    tops = [float(t) for r in rows if (t := r.get("clean_top", r.get("top"))) is not None]
+    preds = {r.get("clean_pred", r["pred"]) for r in rows}
+    if len(rows) > 1 and len(tops) == len(rows) and len(preds) == 1 and max(tops) - min(tops) <= 1e-6:
+        flags.append("constant")
     if rows and _share(rows, "dtype_flip") > 0.001:
         flags.append("dtype")
     return flags
@@ -49,23 +53,23 @@ def answer_flags(rows: Sequence[dict[str, Any]]) -> list[str]:
 def adaptive_flags(rows: Sequence[dict[str, Any]], members: Sequence[dict[str, Any]]) -> list[str]:
     """Flags of a composition.
 
-    ``zero-grad`` only if no white-box member had a usable gradient; ``bb-beats-wb`` if transfer or black-box members
-    break more than 0.2 points, and more than one image, that no white-box member broke; ``random-beats`` if random
-    points do.
+    ``zero-grad`` only if no white-box member had a usable gradient, ``no-gradient`` if one could not differentiate at
+    all, ``not-converged`` if the loss of every one still rose at the end; ``bb-beats-wb`` if transfer or black-box
+    members break more than 0.2 points, and more than one image, that no white-box member broke; ``random-beats`` if
+    random points do.
     """
     n = len(rows)
     if not n:
         return []
     flags = []
     white = [i for i, m in enumerate(members) if m["white"] and m["view"] != "static"]
-    usable = 0
-    for i in white:
-        ran = [r for r in rows if r["ran"][i]]
-        dead = sum(r["dead"][i] for r in ran)
-        usable += bool(ran) and dead <= 0.01 * len(ran)
-        usable += not ran
-    if white and not usable:
+    met = [i for i in white if any(r["ran"][i] for r in rows)]
+    if white and len(met) == len(white) and not any(_usable(rows, i) for i in white):
         flags.append("zero-grad")
+    if any(r["blocked"][i] for i in white for r in rows if "blocked" in r):
+        flags.append("no-gradient")
+    if met and "late" in rows[0] and all(_mean(rows, "late", i) > 0.01 for i in met):
+        flags.append("not-converged")
     only_other = [r for r in rows if _broken_only_by(r, members, white=False)]
     if len(only_other) > max(1, 0.002 * n):
         flags.append("bb-beats-wb")
@@ -73,6 +77,17 @@ def adaptive_flags(rows: Sequence[dict[str, Any]], members: Sequence[dict[str, A
     if points and any(r["ran"][points[0]] and r["correct"][points[0]] < r["white_correct"] for r in rows):
         flags.append("random-beats")
     return [*flags, *answer_flags(rows)]
+
+
+def _mean(rows: Sequence[dict[str, Any]], key: str, i: int) -> float:
+    """Mean over the samples on which member ``i`` ran."""
+    values = [float(r[key][i]) for r in rows if r["ran"][i]]
+    return sum(values) / len(values)
+
+
+def _usable(rows: Sequence[dict[str, Any]], i: int) -> bool:
+    """Had member ``i`` a gradient: entirely zero on at most 1% of the samples, and on at most half of the pixels?"""
+    return _mean(rows, "dead", i) <= 0.01 and ("blank" not in rows[0] or _mean(rows, "blank", i) <= 0.5)
 
 
 def _broken_only_by(row: dict[str, Any], members: Sequence[dict[str, Any]], white: bool) -> bool:

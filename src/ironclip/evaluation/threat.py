@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ironclip.core.types import Classifier, Defense, Info, State
-from ironclip.core.views import base_of, eot, penalised, straight_through
+from ironclip.core.views import base_of, ensemble, penalised, straight_through
 from ironclip.core.zeroshot import ZeroShot
 from ironclip.evaluation.recipes import BLACKBOX, Budget, Member, members_for
 
+OTHER_TEMPLATES = ("a picture of a {}.", "{}")
+"""What the ``prompts`` member asks in place of the evaluation's own templates: weights fine-tuned against one prompt
+can fall to examples made for another (arXiv 2403.01849)."""
 
-def composition(defense: Defense, budget: Budget, threat: str = "adaptive") -> list[Member]:
-    """The members of a defense's attack: by its kind, its surrogates and its own additions, less what is skipped."""
-    if threat == "blackbox":
-        return list(BLACKBOX)
-    members = members_for(
-        defense.info.kind,
-        tuple(getattr(defense, "surrogates", ())),
-        hasattr(defense, "penalty"),
-        tuple(getattr(defense, "extra_members", ())),
-    )
-    return [m for m in members if m.name not in budget.skip]
+
+def composition(
+    defense: Defense, budget: Budget, threat: str = "adaptive", norm: str = "linf", relatives: bool = False
+) -> list[Member]:
+    """The members of a defense's attack: by its kind, its surrogates, its penalty and its own additions, less what the
+    budget or the norm leaves out. ``relatives``: were other models named to transfer from?"""
+    members: Sequence[Member] = BLACKBOX
+    if threat != "blackbox":
+        members = members_for(
+            defense.info.kind,
+            tuple(getattr(defense, "surrogates", ())),
+            hasattr(defense, "penalty"),
+            tuple(getattr(defense, "extra_members", ())),
+        )
+    return [m for m in members if m.runs(budget, norm) and (relatives or m.view != "relatives")]
 
 
 def fitted(info: Info, defense: Any, clf: ZeroShot, state: State | None) -> ZeroShot:
@@ -34,24 +41,32 @@ def fitted(info: Info, defense: Any, clf: ZeroShot, state: State | None) -> Zero
 
 
 def attack_view(
-    defense: Defense, clf: ZeroShot, state: State | None, member: Member, budget: Budget
-) -> tuple[Classifier, bool]:
-    """The classifier that ``member`` differentiates, and whether it draws random numbers."""
-    defended = defense.apply(clf, state)
+    defense: Defense, clf: ZeroShot, state: State | None, member: Member, relatives: Sequence[ZeroShot] = ()
+) -> Classifier:
+    """The classifier that ``member`` differentiates or asks, one draw a call; raises ValueError for an unknown view."""
     match member.view.partition(":"):
         case ("through", _, _):
-            view = defended
+            view = defense.apply(clf, state)
         case ("bpda", _, _):
-            view = straight_through(defended, fitted(defense.info, defense, clf, state))
+            view = straight_through(defense.apply(clf, state), fitted(defense.info, defense, clf, state))
         case ("base", _, _):
             view = fitted(defense.info, defense, clf, state)
+        case ("origin", _, _):
+            view = clf
+        case ("prompts", _, _):
+            base = fitted(defense.info, defense, clf, state)
+            view = base.with_weights(base.encode_prompts(OTHER_TEMPLATES).mean(dim=1))
+        case ("relatives", _, _):
+            view = ensemble(relatives) if len(relatives) > 1 else relatives[0]
         case ("surrogate", _, name):
             view = defense.surrogate(clf, state, name)  # type: ignore[attr-defined]
         case _:
             raise ValueError(f"member {member.name!r} has no view of its own: {member.view!r}")
-    random = bool(base_of(view, "randomized"))
     if member.beta:
         view = penalised(view, defense.penalty(clf, state), member.beta)  # type: ignore[attr-defined]
-    if random and member.eot and budget.eot > 1:
-        view = eot(view, budget.eot)
-    return view, random
+    return view
+
+
+def has_features(view: Classifier) -> bool:
+    """Can a feature attack read embeddings from it?"""
+    return base_of(view, "vlm") is not None
