@@ -23,6 +23,7 @@ from ironclip.training.checkpoint import load_checkpoint
 from ironclip.training.feed import Feed
 from ironclip.training.finetune import Plan, Session, finetune
 from ironclip.training.select import student_of
+from ironclip.training.student import Student
 
 LOOP = Loop(
     steps=10, batch_size=8, lr=3e-3, warmup=2, weight_decay=0.01, clip_norm=5.0, hold_out=6, checkpoint_every=3,
@@ -206,6 +207,12 @@ def test_remembered_features_are_those_computed_anew(problem: Any, tmp_path: Pat
     calls.clear()
     finetune(plan, data, loop=LOOP, session=Session(tmp_path / "a"))
     assert not calls, "kept in the run's folder"
+    by_label = replace(plan, remember_labelled=lambda x, y: {"y": y[:, None].float()})
+    run = Student(by_label, data, LOOP, 0)
+    run.begin(None, "", True)
+    assert run.feed.memory["y"].flatten().tolist() == data.labels
+    assert torch.equal(run.feed.batch([3, 7], 0).cached["y"].flatten(), torch.tensor(data.labels)[[3, 7]].float())
+    calls.clear()
     short = replace(LOOP, steps=3, hold_out=0, log_every=1, validate_every=9)
     finetune(plan, data, loop=short, session=Session(tmp_path / "b"))
     assert calls == [8, 8, 8]

@@ -30,9 +30,9 @@ class Plan:
     x_adv)``: the value to minimise, a mean over the images, and figures to write down, each a tensor of one value. It
     must not depend on how a batch is cut into parts unless the method says so. ``remember(x)``: what the method
     needs of each clean image and of nothing else, as float32 tensors (b, ...), computed once an image and then found in
-    ``batch.cached``. ``logits(student, x)``: for the accuracies of the validation; None for the class weights of
-    ``clf``. ``towers``: those that are trained. ``labels``: does the method read any? ``marks``: tensors that are
-    stored beside the weights.
+    ``batch.cached``; ``remember_labelled(x, y)``: the same where it hangs on the label too. ``logits(student, x)``: for
+    the accuracies of the validation; None for the class weights of ``clf``. ``towers``: those that are trained.
+    ``labels``: does the method read any? ``marks``: tensors that are stored beside the weights.
 
     ``extra``: start values of tensors of the method's own that are trained too; the student has them as
     ``get_parameter("extra.NAME")``, the state under that name. ``rates``: by the beginning of a tensor's name, its
@@ -44,6 +44,7 @@ class Plan:
     attack: Callable[[VLM, Batch], Tensor]
     loss: Callable[[VLM, Batch, Tensor], tuple[Tensor, Mapping[str, Tensor]]]
     remember: Callable[[Tensor], dict[str, Tensor]] | None = None
+    remember_labelled: Callable[[Tensor, Tensor], dict[str, Tensor]] | None = None
     logits: Callable[[VLM, Tensor], Tensor] | None = None
     towers: tuple[str, ...] = ("image",)
     labels: bool = True
@@ -51,6 +52,16 @@ class Plan:
     extra: State = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
     prepare: Callable[[VLM, Batch], dict[str, Tensor]] | None = None
+
+    @property
+    def remembers(self) -> bool:
+        """Does the method keep anything of the clean images?"""
+        return self.remember is not None or self.remember_labelled is not None
+
+    def recall(self, batch: Batch) -> dict[str, Tensor]:
+        """What the method keeps of these images, computed now."""
+        plain = {} if self.remember is None else self.remember(batch.x)
+        return plain if self.remember_labelled is None else plain | self.remember_labelled(batch.x, batch.y)
 
 
 @dataclass(frozen=True, eq=False)

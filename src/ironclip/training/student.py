@@ -70,7 +70,7 @@ class Student:
 
     def _remember(self, folder: Path | None) -> None:
         """What the method keeps of the clean images, once, where every image will be seen more than once on average."""
-        if self.plan.remember is None or self.loop.steps * self.loop.batch_size <= len(self.feed.rows):
+        if not self.plan.remembers or self.loop.steps * self.loop.batch_size <= len(self.feed.rows):
             return
         path = None if folder is None else folder / _MEMORY
         if path is not None and path.exists():
@@ -79,9 +79,9 @@ class Student:
         size, found = self.loop.batch_size // self.loop.accumulate, list[dict[str, Tensor]]()
         for start in range(0, len(self.data), size):
             places = list(range(start, min(start + size, len(self.data))))
-            x = self.feed.batch(places, -1).x
+            batch = self.feed.batch(places, -1)
             with torch.no_grad():
-                found.append({k: v.float().cpu() for k, v in self.plan.remember(x).items()})
+                found.append({k: v.float().cpu() for k, v in self.plan.recall(batch).items()})
         memory = {k: torch.cat([f[k] for f in found]) for k in found[0]}
         if path is not None:
             aside = path.with_suffix(".part")
@@ -90,10 +90,10 @@ class Student:
         self.feed.memory = memory
 
     def _known(self, batch: Batch) -> Batch:
-        if self.plan.remember is None or self.feed.memory:
+        if not self.plan.remembers or self.feed.memory:
             return batch
         with torch.no_grad():
-            return self.feed.remembering(batch, self.plan.remember(batch.x))
+            return self.feed.remembering(batch, self.plan.recall(batch))
 
     def _prepared(self, batch: Batch) -> Batch:
         if self.plan.prepare is None:
