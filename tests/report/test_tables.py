@@ -17,6 +17,8 @@ from ironclip.report.summary import blocks, eps_value
 
 MEMBERS = [
     "zero-grad",
+    "no-gradient",
+    "constant",
     "not-converged",
     "steps-hurt",
     "eps-sweep",

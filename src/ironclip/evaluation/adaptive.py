@@ -194,7 +194,7 @@ class Trial:
             {
                 "sample_id": self.ids[i],
                 "label": int(self.y[i]),
-                **{f"clean_{k}": self.clean[i][k] for k in ("pred", "correct", "margin")},
+                **{f"clean_{k}": self.clean[i].get(k) for k in ("pred", "correct", "margin", "top")},
                 "pred": int(self.pred[i]),
                 "robust": float(self.value[i]),
                 "worst": bool(self.worst_all[i] and self.value[i] > 0),

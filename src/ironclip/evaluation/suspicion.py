@@ -70,6 +70,8 @@ def adaptive_flags(rows: Sequence[dict[str, Any]], members: Sequence[dict[str, A
         flags.append("no-gradient")
     if met and "late" in rows[0] and all(_mean(rows, "late", i) > 0.01 for i in met):
         flags.append("not-converged")
+    if not any(m["white"] for m in members):  # a query-only attacker: nothing to compare with
+        return [*flags, *answer_flags(rows)]
     only_other = [r for r in rows if _broken_only_by(r, members, white=False)]
     if len(only_other) > max(1, 0.002 * n):
         flags.append("bb-beats-wb")

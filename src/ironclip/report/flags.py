@@ -26,6 +26,16 @@ FLAGS: dict[str, Flag] = {
         "saturated softmax or a detached tensor.",
         fatal=True,
     ),
+    "no-gradient": Flag(
+        "A white-box member could not differentiate the defense at all: the pixels leave autograd, or its output does "
+        "not depend on them. That member changed nothing; surrogates, transfer and black-box members decided.",
+        "Offer a surrogate (BPDA) for the step that cannot be differentiated. Without one R* says little about an "
+        "attacker who writes one.",
+    ),
+    "constant": Flag(
+        "All images get the same highest logit and the same class: the model or the defense ignores its input.",
+        "Check weights, preprocessing and prompts; no robustness figure of a constant means anything.",
+    ),
     "not-converged": Flag(
         "The loss was still rising when the attack stopped: the last tenth of the steps gave more than 1% of the gain, "
         "or four times the steps lower the accuracy by more than a point.",
