@@ -56,7 +56,13 @@ DEFENSES: dict[str, str] = {
     "tte": "ironclip.defenses.tte:TTE",
     "anti_adversary": "ironclip.defenses.anti_adversary:AntiAdversary",
     "hedge": "ironclip.defenses.hedge:Hedge",
+    "agc": "ironclip.defenses.agc:AGC",
+    "fpt_noise": "ironclip.defenses.fpt_noise:FPTNoise",
+    "rtpt": "ironclip.defenses.rtpt:RTPT",
     "tecoa": "ironclip.defenses.tecoa:TeCoA",
+    "fare": "ironclip.defenses.fare:FARE",
+    "pmg_aft": "ironclip.defenses.pmg_aft:PMGAFT",
+    "tima": "ironclip.defenses.tima:TIMA",
 }
 
 

@@ -32,12 +32,14 @@ from ironclip.registry import DEFENSES, build_defense, defense_table
 class Row:
     """``spec``: the defense as text. ``fit``: its state for a classifier, None where it needs none. ``ranged``: refuses
     pixels outside [0, 1] by itself. ``atol``: how far logits may be apart between batch sizes (scale is 20 to 100).
+    ``models``: those that the defense can stand on, all of them where none is named.
     """
 
     spec: str
     fit: Callable[[Defense, ZeroShot], State] | None = None
     ranged: bool = True
     atol: float = 2e-3
+    models: tuple[str, ...] = ()
 
 
 ROWS = (
@@ -63,9 +65,22 @@ ROWS = (
     Row("anti_adversary"),
     Row("AntiAdversary(pixels=raw, alpha=0.05, steps=3, box=True)"),
     Row("Hedge(steps=5)"),
+    Row("agc", fit=lambda d, clf: d.fit(clf, toy_images(32, size=clf.vlm.image_size, seed=9))),
+    Row("AGC(tau=0.05)"),
+    Row("FPTNoise(stable=0.01)"),
+    Row("FPTNoise(levels=2)", fit=lambda d, clf: d.fit(clf, toy_images(32, size=clf.vlm.image_size, seed=9))),
+    Row("RTPT(steps=0, views=8, neighbours=3)"),
+    Row("RTPT(views=8, neighbours=3, share=0.25)", atol=1e-2, models=("tiny",)),
     Row("tecoa", fit=few_steps, ranged=False),
     Row("TeCoA(mix_alpha=0.5, label_space=per_set)", fit=few_steps, ranged=False),
     Row("tecoa(preset=reference)", fit=few_steps, ranged=False),
+    Row("FARE(steps=2)", fit=few_steps, ranged=False),
+    Row("fare(preset=reference, steps=2)", fit=few_steps, ranged=False),
+    Row("pmg_aft", fit=few_steps, ranged=False),
+    Row("pmg_aft(preset=reference)", fit=few_steps, ranged=False),
+    Row("tima", fit=few_steps, ranged=False),
+    Row("TIMA(mix_alpha=0.5, order=alternating, rows=free)", fit=few_steps, ranged=False),
+    Row("TIMA(text=table, deploy=original)", fit=few_steps, ranged=False),
 )
 MODELS = ("toy-conv", "toy-attention", "tiny")
 B = 8
@@ -105,6 +120,8 @@ def clf(request: pytest.FixtureRequest) -> ZeroShot:
 @pytest.fixture(params=ROWS, ids=lambda row: row.spec)
 def case(request: pytest.FixtureRequest, clf: ZeroShot) -> Case:
     row: Row = request.param
+    if row.models and not clf.vlm.name.startswith(row.models):
+        pytest.skip(f"needs one of {', '.join(row.models)}")
     defense = build_defense(row.spec)
     state = row.fit(defense, clf) if row.fit else None
     x = toy_images(B, size=clf.vlm.image_size, seed=5)

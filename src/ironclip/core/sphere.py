@@ -12,15 +12,15 @@ OPPOSITE = 1e-4
 """Radians short of pi at which no great circle is preferred any more."""
 
 
-def move(z: Tensor, a: Tensor, lam: float, path: str = "chord") -> Tensor:
-    """(b, d) unit features at ``lam`` on the path from unit z (lam = 0) through unit a (lam = 1).
+def move(z: Tensor, a: Tensor, lam: float | Tensor, path: str = "chord") -> Tensor:
+    """(b, d) unit features at ``lam`` on the path from unit z (lam = 0) through unit a (lam = 1); one lam, or (b,).
 
     ``a`` itself, with a warning, where the path passes through zero or, on the sphere, is not defined.
     """
-    if lam == 0:
+    if not isinstance(lam, Tensor) and lam == 0:
         return z
     if path == "chord":
-        u = z + lam * (a - z)
+        u = z + (lam[:, None] if isinstance(lam, Tensor) else lam) * (a - z)
     else:
         angle = angle_between(z, a)
         of_z, of_a = coefficients(angle, lam, path)
@@ -29,7 +29,7 @@ def move(z: Tensor, a: Tensor, lam: float, path: str = "chord") -> Tensor:
     return unit_or(u, a, "an anchor opposite to their feature; they take the anchor")
 
 
-def coefficients(angle: Tensor, lam: float, path: str) -> tuple[Tensor, Tensor]:
+def coefficients(angle: Tensor, lam: float | Tensor, path: str) -> tuple[Tensor, Tensor]:
     """(b,) weights of z and of a in the moved unit feature, from the angle (b,) between them in radians."""
     c = angle.cos()
     size = ((1 - lam) ** 2 + lam**2 + 2 * lam * (1 - lam) * c).clamp(min=0).sqrt()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -45,3 +46,24 @@ def quantile_of(
     if found.numel() == 0:
         raise ValueError("calibration needs clean images, got none; pass at least 20, 256 are better")
     return float(f"{float(torch.quantile(found.double(), quantile)):.4g}")
+
+
+RECONSTRUCTED = "its formula was not available, only a reconstruction exists; write reconstruction=True or leave it out"
+"""Why ``reconstruction=False`` is refused."""
+
+
+def threshold(own: float | None, state: Mapping[str, Tensor] | None, name: str, usual: float, spec: str) -> float:
+    """The threshold ``name`` of a defense: the spec's, else the fitted state's, else ``usual`` with a warning that says
+    how to calibrate."""
+    if own is not None:
+        return own
+    if state is not None:
+        if name not in state:
+            raise ValueError(f"the state of {spec} must hold {name!r}, it holds {', '.join(state) or 'nothing'}")
+        return float(state[name])
+    warnings.warn(
+        f"{spec} is not calibrated for this model and takes {name}={usual}; write {name}= with the value of "
+        f"{spec}().calibrate(clf, clean_images)",
+        stacklevel=3,
+    )
+    return usual
