@@ -59,6 +59,11 @@ class SoftPrompts:
             raise ValueError(f"template must have words before one {{}}, got {template!r}; write 'a photo of a {{}}.'")
         if not names:
             raise ValueError("no class names; pass at least two")
+        with torch.inference_mode(False):  # the ids outlive the caller's mode
+            return cls._of(vlm, names, template)
+
+    @classmethod
+    def _of(cls, vlm: VLM, names: Sequence[str], template: str) -> SoftPrompts:
         if vlm.token_embedding is None or vlm.tokenize is None:
             raise ValueError(f"{vlm.name} has no tokenizer; soft prompts need one")
         ids = vlm.tokenize([template.format(n) for n in names]).to(vlm.device)

@@ -175,13 +175,23 @@ RECIPES: dict[str, tuple[Member, ...]] = {
     "transform": (*_WHITE[:2], *_HIDDEN, *_WHITE[2:], *_LATE),
     "projection": (*_WHITE, _HIDDEN[0], replace(_HIDDEN[1], least="standard"), *_LATE),
     "views": (*_WHITE, _HIDDEN[0], replace(_HIDDEN[1], least="standard"), *_LATE),
+    "tuning": (
+        *_WHITE[:2],
+        Member("unrolled", "surrogate:unrolled"),
+        Member("unrolled-margin", "surrogate:unrolled", loss="margin", least="standard"),
+        *_WHITE[2:5],
+        _HIDDEN[0],
+        *_BASE,
+        *_LATE,
+    ),
     "detector": (*_WHITE, *_BASE, *_LATE),
     "stateful": (*_WHITE, _HIDDEN[0], replace(_HIDDEN[1], least="standard"), *_BASE, *_LATE),
     "finetuned": (*_WEIGHTS, *_LATE),
     "prompt": (*_WEIGHTS, *_LATE),
 }
-"""By kind: input counterattacks, averaged views or draws, purification, pixel transforms, feature projection, detectors
-and gates, defenses with a memory (judged with an empty one, sample by sample), fine-tuned weights, learned prompts."""
+"""By kind: input counterattacks, averaged views or draws, purification, pixel transforms, feature projection, prompts
+tuned for each image (held constant, then unrolled), detectors and gates, defenses with a memory (judged with an empty
+one, sample by sample), fine-tuned weights, learned prompts."""
 
 GENERIC = (*_WHITE, *_HIDDEN, *_LATE)
 """For a kind that is not listed: everything that needs to know nothing."""
