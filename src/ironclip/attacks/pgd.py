@@ -25,7 +25,6 @@ from ironclip.core.losses import TARGETED, UNTARGETED
 from ironclip.core.rng import SampleRNG
 from ironclip.core.spec import method
 from ironclip.core.types import AttackResult, Classifier
-from ironclip.core.views import base_of
 
 _LAST = {"returned": "last", "policy": "max_loss"}
 
@@ -180,15 +179,6 @@ def climb(
         total = new if total is None else absorb(total, new, rows)
     assert total is not None
     return replace(total, notes=(*goal.notes, *total.notes))
-
-
-def classes_of(clf: Classifier, x: Tensor, rng: SampleRNG) -> int:
-    """Number of logits: what the classifier says of itself, else the width of its answer to the first image."""
-    k = base_of(clf, "k")
-    if isinstance(k, int):
-        return k
-    with torch.no_grad():
-        return int(clf(x[:1], rng[:1]).shape[1])
 
 
 def snapped(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ironclip.attacks.pgd import classes_of
+from ironclip.attacks._objective import Objective
+from ironclip.attacks._tally import value
 from ironclip.core.ball import NORMS, start_delta
-from ironclip.core.check import check_choice, check_eps, check_images, check_labels
-from ironclip.core.losses import margin
+from ironclip.core.check import check_choice, check_eps
+from ironclip.core.grad import draws_of
 from ironclip.core.rng import SampleRNG
 from ironclip.core.spec import method
-from ironclip.core.types import AttackResult, Classifier, prediction
+from ironclip.core.types import AttackResult, Classifier
 
 
 @method
@@ -43,34 +45,33 @@ class RandomPoints:
     @torch.no_grad()
     def __call__(self, clf: Classifier, x: Tensor, y: Tensor, *, rng: SampleRNG) -> AttackResult:
         """Attack one batch: ``x``: (b, 3, h, w) pixels in [0, 1], ``y``: (b,) labels."""
-        check_images(x)
-        check_labels(y, x.shape[0], classes_of(clf, x, rng))
+        goal, rows = Objective("margin", x, y), torch.arange(x.shape[0], device=x.device)
         b, eps = x.shape[0], float(self.eps)
-        best, value = x.clone(), x.new_full((b,), -torch.inf)
-        last, hit = value.clone(), torch.zeros(b, dtype=torch.bool, device=x.device)
+        best, most = x.clone(), x.new_full((b,), -torch.inf)
+        last, hit = most.clone(), torch.zeros(b, dtype=torch.bool, device=x.device)
         stream = rng.fold("random")
-        with torch.no_grad():
-            for i in range(self.points):
-                if self.norm == "linf" and self.kind == "corner":
-                    delta = eps * stream.fold("point", i).uniform_like(x, -1.0, 1.0).sign()
-                else:
-                    kind = "surface" if self.kind == "corner" else "uniform"
-                    delta = start_delta(x, eps, self.norm, kind, stream.fold("point", i))
-                point = (x + delta).clamp(0.0, 1.0)
-                z = clf(point, stream.fold("defense").at(i))
-                last, fooled = margin(z, y), prediction(z) != y
-                better = (fooled & ~hit) | ((fooled == hit) & (last > value))
-                best[better], value[better] = point[better], last[better]
-                hit |= fooled
+        for i in range(self.points):
+            if self.norm == "linf" and self.kind == "corner":
+                delta = eps * stream.fold("point", i).uniform_like(x, -1.0, 1.0).sign()
+            else:
+                kind = "surface" if self.kind == "corner" else "uniform"
+                delta = start_delta(x, eps, self.norm, kind, stream.fold("point", i))
+            point = (x + delta).clamp(0.0, 1.0)
+            z, last = value(clf, point, partial(goal, rows=rows), stream.fold("defense").at(i))
+            fooled = goal.fooled(z, rows)
+            better = (fooled & ~hit) | ((fooled == hit) & (last > most))
+            best[better], most[better] = point[better], last[better]
+            hit |= fooled
         zeros = torch.zeros(b, dtype=torch.bool, device=x.device)
         return AttackResult(
             x_adv=best,
             success=hit,
-            loss=value,
+            loss=most,
             final_loss=last,
-            forwards=torch.full((b,), self.points),
+            forwards=torch.full((b,), self.points * draws_of(clf)),
             backwards=torch.zeros(b, dtype=torch.long),
             zero_grad=zeros,
             zero_pixels=x.new_zeros(b),
             late_gain=x.new_zeros(b),
+            notes=goal.notes,
         )
