@@ -34,8 +34,10 @@ FINEST = Fraction(1, 2**23)
 class Inner:
     """The attack inside training: projected ascent, last iterate, one restart, no parameter gradients, n (F + B).
 
-    The fields are those of ``PGD``. Raises ValueError for fields that cannot stand, RuntimeError for a gradient that is
-    not finite (published code turns it into zero and trains on).
+    The fields are those of ``PGD``; ``momentum`` adds up unit steps (RobustVLM's form: under linf it moves only pixels
+    of zero gradient), and ``box_start=False`` lets the random start leave the pixel box for the first step. Raises
+    ValueError for fields that cannot stand, RuntimeError for a gradient that is not finite (published code turns it
+    into zero and trains on).
     """
 
     eps: Fraction
@@ -43,9 +45,13 @@ class Inner:
     steps: int
     norm: str = "linf"
     start: str = "uniform"
+    momentum: float = 0.0
+    box_start: bool = True
 
     def __post_init__(self) -> None:
         check_choice(self.norm, NORMS, "norm")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
         check_choice(self.start, STARTS, "start")
         for name, value in (("eps", check_eps(self.eps, self.norm)), ("alpha", as_fraction(self.alpha, "alpha"))):
             object.__setattr__(self, name, value)
@@ -61,12 +67,17 @@ class Inner:
         eps, x = float(self.eps), x.detach()
         if eps == 0:
             return x
-        at = (x + start_delta(x, eps, self.norm, self.start, rng.fold("start"))).clamp_(0.0, 1.0)
+        at, velocity = x + start_delta(x, eps, self.norm, self.start, rng.fold("start")), None
+        at = at.clamp_(0.0, 1.0) if self.box_start else at
         for step in range(self.steps):
             grad = inner_gradient(objective, at)
             if not bool(torch.isfinite(grad).all()):
                 raise RuntimeError(f"the attack's gradient is not finite at its step {step + 1}: lower the lr")
-            at = project(unit_step(grad, self.norm).mul_(float(self.alpha)).add_(at), x, eps, self.norm)
+            move = unit_step(grad, self.norm)
+            if self.momentum:
+                move = move if velocity is None else unit_step(self.momentum * velocity + move, self.norm)
+                velocity = move.clone()
+            at = project(move.mul_(float(self.alpha)).add_(at), x, eps, self.norm)
         return at
 
 
@@ -102,18 +113,24 @@ def fingerprint(vlm: VLM) -> Tensor:
     return torch.tensor(list(bytes.fromhex(vlm.weights_hash)), dtype=torch.uint8)
 
 
-def finetuned(clf: ZeroShot, state: State, mix_alpha: float = 1.0) -> ZeroShot:
-    """The classifier with fitted towers: (1 - a) of the clean weights and a of the fitted ones.
-
-    Class weights are encoded again where the text tower was trained. Raises ValueError for a state of another backbone.
-    """
-    vlm, base = clf.vlm, state.get(BASE)
+def check_base(vlm: VLM, state: State) -> None:
+    """Refuse a state that was fitted on another model. Raises ValueError."""
+    base = state.get(BASE)
     if base is not None and not torch.equal(base.cpu(), fingerprint(vlm)):
         told = bytes(base.tolist()).hex()[:12]
         raise ValueError(
             f"the state was fitted on a backbone with weights {told}..., {vlm.name} has {vlm.weights_hash[:12]}...; "
             "fit it again on this model, or load the model it was fitted on"
         )
+
+
+def finetuned(clf: ZeroShot, state: State, mix_alpha: float = 1.0) -> ZeroShot:
+    """The classifier with fitted towers: (1 - a) of the clean weights and a of the fitted ones.
+
+    Class weights are encoded again where the text tower was trained. Raises ValueError for a state of another backbone.
+    """
+    vlm = clf.vlm
+    check_base(vlm, state)
     weights = {k: v.float() for k, v in state.items() if k.split(".", 1)[0] in ("image", "text")}
     if mix_alpha != 1.0:
         own = vlm.state_dict()
@@ -133,11 +150,13 @@ def finetuned(clf: ZeroShot, state: State, mix_alpha: float = 1.0) -> ZeroShot:
 class FineTuned:
     """``fit``, ``fitted`` and ``apply`` for a method with ``plan(clf, loop) -> Plan``.
 
-    The class brings ``info``, fields ``recipe`` (a name in ``LOOPS``, used where no loop is given) and ``mix_alpha``.
+    The class brings ``info``, ``LABELS`` (False where it reads none: then ``clf`` needs no class weights), fields
+    ``recipe`` (a name in ``LOOPS``, used where no loop is given) and ``mix_alpha``.
     """
 
     info: ClassVar[Info]
     LOOPS: ClassVar[Mapping[str, Loop]]
+    LABELS: ClassVar[bool] = True
     recipe: str
     mix_alpha: float
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -74,10 +74,10 @@ class Feed:
             raise ValueError(f"{data.name} is empty; training needs images")
         if labels:
             check_classes(clf, data)
-        names: Any = getattr(data, "spaces", None) or [0] * len(clf.label_map)
-        self.spaces = torch.tensor(names, device=clf.vlm.device)
-        self.member = torch.zeros(int(self.spaces.max()) + 1, clf.k, dtype=torch.bool, device=clf.vlm.device)
-        self.member[self.spaces, torch.tensor(clf.label_map, device=clf.vlm.device)] = True
+            device = clf.vlm.device
+            self.spaces = torch.tensor(getattr(data, "spaces", None) or [0] * len(clf.label_map), device=device)
+            self.member = torch.zeros(int(self.spaces.max()) + 1, clf.k, dtype=torch.bool, device=device)
+            self.member[self.spaces, torch.tensor(clf.label_map, device=device)] = True
         self.labels = labels
         key = [sha256(f"{seed}\nhold-out\n{s}".encode()).digest() for s in data.ids]
         self.held = sorted(sorted(range(n), key=key.__getitem__)[: min(loop.hold_out, n // 5)])
@@ -109,7 +109,7 @@ class Feed:
             own = self.member[self.spaces[raw]]
         else:
             y = torch.full((len(places),), -1, device=device)
-            own = self.member.any(dim=0).expand(len(places), -1)
+            own = torch.ones(len(places), self.clf.k, dtype=torch.bool, device=device)
         rows = torch.tensor(places)
         return Batch(x, y, ids, rng, step, places, own, {k: v[rows].to(device) for k, v in self.memory.items()})
 
