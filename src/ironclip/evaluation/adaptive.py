@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ironclip.core.grad import NoGradientError
 from ironclip.core.rng import SampleRNG
-from ironclip.core.spec import full_text
+from ironclip.core.spec import digest, full_text
 from ironclip.core.types import Attack, AttackResult, Classifier
 from ironclip.core.views import base_of
 from ironclip.evaluation import gallery
@@ -63,7 +63,8 @@ def run_adaptive(
         gallery.keep(block, entry, c.digest, None, threat, defended, x, trial.x_worst, y, ids, eps, norm)
         return trial.rows(), {"autograd": float(trial.autograd)}
 
-    facts = {"eps": f"{eps.numerator}/{eps.denominator}", "norm": norm, "plans": [described(p) for p in plans]}
+    facts: dict[str, Any] = {"eps": f"{eps.numerator}/{eps.denominator}", "norm": norm}
+    facts |= {"plans": [described(p) for p in plans], "examples": examples_of(block, entry, plans)}
 
     def weight() -> float:
         spent = block.store.tally(clean_cell(block, entry).digest)
@@ -72,6 +73,15 @@ def run_adaptive(
 
     fill(block, entry, c, rows, weight=weight(), members=members, facts=facts)
     return c
+
+
+def examples_of(block: Block, entry: Entry, plans: list[Plan]) -> list[str]:
+    """Folders of the stored examples that members against the undefended (or fitted) model use."""
+    specs = [p.spec for p in plans if p.member.view == "base"]
+    if not specs:
+        return []
+    target = fitted(entry.defense.info, entry.defense, block.clf, entry.state)
+    return [digest(block.adv_fields(target, build_attack(s))) for s in specs]
 
 
 def described(p: Plan) -> dict[str, Any]:
@@ -145,7 +155,7 @@ class Trial:
         if p.member.view == "base":
             target = fitted(entry.defense.info, entry.defense, block.clf, entry.state)
             fast = fitted(entry.defense.info, entry.defense, block.fast, entry.state)
-            kept = block.store.adversarial(block.adv_key(target, attack))
+            kept = block.store.adversarial(block.adv_fields(target, attack))
             x_adv, cols = adversarial(block, target, fast, attack, kept, x, y, ids)
             notes: Any = {name: cols[name] for name in COLUMNS}
             return AttackResult(x_adv=x_adv, success=cols["success"], **notes)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ironclip.core.rng import SampleRNG
 from ironclip.core.space import Space
-from ironclip.core.spec import digest, full_text
+from ironclip.core.spec import full_text
 from ironclip.core.types import Attack, Defense, State
 from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
@@ -118,21 +118,19 @@ class Block:
         """Named in keys only where it is not the model's input: the names of older results stay."""
         return {} if self.vlm.space == Space() else {"space": str(self.vlm.space)}
 
-    def adv_key(self, clf: ZeroShot, attack: Attack, salt: str = "") -> str:
-        """Key of the examples that ``attack`` makes for ``clf``; the defense is not part of it."""
-        return digest(
-            {
-                "weights": clf.vlm.weights_hash,
-                "recipe": self.data.recipe,
-                "prompts": clf.prototype_hash,
-                "attack": full_text(attack),
-                "revision": getattr(attack, "revision", 0),
-                "seed": self.seed,
-                "precision": self.precision,
-                "salt": salt,
-                **self._space,
-            }
-        )
+    def adv_fields(self, clf: ZeroShot, attack: Attack) -> dict[str, Any]:
+        """What the examples that ``attack`` makes for ``clf`` depend on; the defense is not part of it."""
+        return {
+            "weights": clf.vlm.weights_hash,
+            "recipe": self.data.recipe,
+            "prompts": clf.prototype_hash,
+            "attack": full_text(attack),
+            "revision": getattr(attack, "revision", 0),
+            "seed": self.seed,
+            "precision": self.precision,
+            "salt": "",
+            **self._space,
+        }
 
     def batches(self, missing: set[str], whole: bool = False) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
         """This worker's share of the missing samples, in subset order: x, mapped labels y, ids.

@@ -76,7 +76,7 @@ def run_static(block: Block, entry: Entry, attack: Attack, threat: str = "static
     )
     clean = clean_rows(block, entry)
     defended = entry.defense.apply(block.clf, entry.state)
-    examples = block.store.adversarial(block.adv_key(target, attack))
+    examples = block.store.adversarial(block.adv_fields(target, attack))
 
     def rows(x: Tensor, y: Tensor, ids: list[str]) -> Filled:
         x_adv, cols = adversarial(block, target, fast, attack, examples, x, y, ids)
@@ -106,7 +106,8 @@ def run_static(block: Block, entry: Entry, attack: Attack, threat: str = "static
 
     steps = getattr(attack, "steps", 1)
     work = 2.0 + 2.0 * steps * bool(examples.missing(block.data.ids))
-    fill(block, entry, c, rows, weight=work, attack=attack, facts=budget_of(attack))
+    facts = budget_of(attack) | {"examples": [examples.folder.name]}
+    fill(block, entry, c, rows, weight=work, attack=attack, facts=facts)
     return c
 
 

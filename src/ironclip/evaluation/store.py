@@ -17,6 +17,7 @@ store at worst do the same batch twice.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
@@ -41,6 +42,13 @@ class StoreError(ValueError):
     """A store that cannot be used as it is; the message says what to do."""
 
 
+def open_store(root: str | Path) -> Store:
+    """An existing store; nothing is created. Raises StoreError for a folder that is none."""
+    if not (Path(root) / "store.json").exists():
+        raise StoreError(f"{root} is no store; pass --store FOLDER, or run ironclip bench --store {root} first")
+    return Store(root)
+
+
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
     """Run ``write(temporary)`` beside ``path`` and rename; on any failure the temporary file is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +61,11 @@ def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Parquet with a checksum per page, so that ``ironclip store verify`` sees every flipped bit."""
+    pq.write_table(table, path, compression="zstd", write_page_checksum=True)
 
 
 class Store:
@@ -126,7 +139,7 @@ class Store:
             table = pa.Table.from_pylist(list(rows))
             table = table.replace_schema_metadata({"tally": json.dumps(tally or {})})
             part = self.root / "cells" / f"{digest}.parts" / f"{name}.parquet"
-            write_atomic(part, lambda p: pq.write_table(table, p, compression="zstd"))
+            write_atomic(part, lambda p: write_table(table, p))
 
     def finish(self, digest: str, footer: dict[str, Any]) -> None:
         """Merge what there is into the one file of the cell, footer included, and drop the parts."""
@@ -138,7 +151,7 @@ class Store:
         footer = {**footer, "tally": self.tally(digest)}
         table = pa.Table.from_pylist(rows)
         table = table.replace_schema_metadata({"ironclip": json.dumps(footer)})
-        write_atomic(self.cell_path(digest), lambda p: pq.write_table(table, p, compression="zstd"))
+        write_atomic(self.cell_path(digest), lambda p: write_table(table, p))
         for file in merged:
             file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # gone already, or another run has just added to it
@@ -185,9 +198,18 @@ class Store:
         """All JSON documents of a kind whose key begins with ``prefix``, by key."""
         return [json.loads(p.read_text()) for p in sorted((self.root / kind).glob(f"{prefix}*.json"))]
 
-    def adversarial(self, key: str) -> AdvSet:
-        """Adversarial examples under one key."""
-        return AdvSet(self.root / "adv" / key)
+    def adversarial(self, fields: dict[str, Any]) -> AdvSet:
+        """The adversarial examples that ``fields`` describe; their digest names the folder."""
+        return AdvSet(self.root / "adv" / digest_of(fields), fields)
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over the bytes of named tensors, by name."""
+    sha = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        sha.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        sha.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
 
 
 class AdvSet:
@@ -198,8 +220,8 @@ class AdvSet:
     run uses too, so fresh and stored examples are the same bits.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, fields: dict[str, Any] | None = None) -> None:
+        self.folder, self.fields = folder, fields
         self.where: dict[str, tuple[Path, int]] = {}
         self.refresh()
 
@@ -235,7 +257,8 @@ class AdvSet:
         """One shard, atomically."""
         file = self.folder / f"{digest_of(sorted(ids))[:24]}.safetensors"
         data = {"delta": code.cpu().contiguous()} | {k: v.detach().cpu().contiguous() for k, v in columns.items()}
-        write_atomic(file, lambda p: save_file(data, p, metadata={"ids": json.dumps(list(ids))}))
+        said = {"ids": json.dumps(list(ids)), "key": json.dumps(self.fields), "sha256": checksum(data)}
+        write_atomic(file, lambda p: save_file(data, p, metadata=said))
         for i, sample in enumerate(ids):
             self.where[sample] = (file, i)
 
