@@ -18,6 +18,7 @@ from ironclip.cli.doctor import doctor
 from ironclip.cli.fit import fit
 from ironclip.cli.listing import listing
 from ironclip.cli.pretrain import pretrain
+from ironclip.cli.query import EXAMPLES, query
 from ironclip.cli.report import report
 from ironclip.cli.run import run
 
@@ -43,6 +44,7 @@ app.command(epilog=_example("ironclip fit 'TeCoA(eps=1/255)' --vlm tiny --data s
 )
 app.command(epilog=_example("ironclip pretrain --out runs/tiny --steps 200"))(pretrain)
 app.command(epilog=_example("ironclip report --store store --out report"))(report)
+app.command(epilog=EXAMPLES)(query)
 app.command("list", epilog=_example("ironclip list defenses"))(listing)
 app.command(epilog=_example("ironclip doctor --json"))(doctor)
 
