@@ -74,5 +74,5 @@ def test_a_stalled_search_is_left_image_by_image() -> None:
 def test_bad_fields_are_refused() -> None:
     with pytest.raises(ValueError, match="c and lr must be positive and kappa not negative"):
         CW(c=0)
-    with pytest.raises(ValueError, match="search and steps must be at least 1"):
+    with pytest.raises(ValueError, match="search must be at least 1, got 0"):
         CW(search=0)

@@ -89,5 +89,5 @@ def test_costs_and_wrong_images() -> None:
     assert result.forwards.tolist() == [27, 27, 1, 27]
     assert view.count.forwards == 82
     assert result.success.tolist() == [False, False, True, False]
-    with pytest.raises(ValueError, match="queries must be at least 1 and tol positive, got 0"):
+    with pytest.raises(ValueError, match="queries must be at least 1, got 0"):
         RayS(queries=0)

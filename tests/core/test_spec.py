@@ -102,7 +102,7 @@ def test_every_attack_preset_builds_and_reads_back(name: str) -> None:
         ("PGD(eps=-1/255)", "eps must not be negative"),
         ("PGD(eps=big)", "eps must be a finite number such as 4/255, got 'big'"),
         ("PGD(alpha=0)", "alpha must be positive, got 0; write 1/255"),
-        ("PGD(steps=-1)", "steps must be >= 0 and restarts >= 1, got -1 and 1"),
+        ("PGD(steps=-1)", "steps must be at least 0, got -1"),
         ("PGD(quantise=round, norm=l2)", "quantise=round keeps only a linf budget, got norm=l2; use quantise=none"),
     ],
 )

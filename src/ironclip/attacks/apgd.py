@@ -8,6 +8,7 @@ leaving out the last gradient, which nobody uses, and in going on with the margi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from fractions import Fraction
 from typing import ClassVar
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ironclip.attacks._apgd import Auto, autopgd
+from ironclip.attacks._fields import check_fields
 from ironclip.attacks._objective import Objective
 from ironclip.attacks._tally import Tally, absorb, independent, value
-from ironclip.core.check import check_choice, check_eps
 from ironclip.core.grad import draws_of
 from ironclip.core.losses import TARGETED, UNTARGETED
 from ironclip.core.rng import SampleRNG
@@ -28,12 +29,8 @@ from ironclip.core.types import AttackResult, Classifier
 NORMS = ("linf", "l2")
 
 
-def _check(attack: APGD | APGDT) -> None:
-    check_choice(attack.norm, NORMS, "norm")
-    check_choice(attack.policy, ("max_loss", "first_success"), "policy")
-    object.__setattr__(attack, "eps", check_eps(attack.eps, attack.norm))
-    if attack.steps < 0 or attack.restarts < 1:
-        raise ValueError(f"steps must be >= 0 and restarts >= 1, got {attack.steps} and {attack.restarts}")
+def _check(attack: APGD | APGDT, losses: Iterable[str], **least: int) -> None:
+    check_fields(attack, NORMS, losses, None, steps=0, restarts=1, **least)
     if not 0 < attack.rho < 1:
         raise ValueError(f"rho must be in (0, 1), got {attack.rho}; write 0.75")
 
@@ -76,8 +73,7 @@ class APGD:
     trace: bool = False
 
     def __post_init__(self) -> None:
-        check_choice(self.loss, UNTARGETED, "loss")
-        _check(self)
+        _check(self, UNTARGETED)
 
     @torch.no_grad()
     def __call__(self, clf: Classifier, x: Tensor, y: Tensor, *, rng: SampleRNG) -> AttackResult:
@@ -124,10 +120,7 @@ class APGDT:
     trace: bool = False
 
     def __post_init__(self) -> None:
-        check_choice(self.loss, TARGETED, "loss")
-        _check(self)
-        if self.targets < 1:
-            raise ValueError(f"targets must be at least 1, got {self.targets}")
+        _check(self, TARGETED, targets=1)
 
     @torch.no_grad()
     def __call__(self, clf: Classifier, x: Tensor, y: Tensor, *, rng: SampleRNG) -> AttackResult:

@@ -17,13 +17,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ironclip.attacks._fields import check_fields
 from ironclip.attacks._objective import Objective
 from ironclip.attacks._tally import Tally, absorb, spread, value
 from ironclip.attacks.apgd import APGD, APGDT
 from ironclip.attacks.fab import FABT
 from ironclip.attacks.pgd import FGSM, PGD
 from ironclip.attacks.square import Square
-from ironclip.core.check import check_choice, check_eps
 from ironclip.core.grad import draws_of
 from ironclip.core.rng import SampleRNG
 from ironclip.core.spec import method, parse
@@ -65,10 +65,7 @@ class AutoAttack:
     eot: int = 1
 
     def __post_init__(self) -> None:
-        check_choice(self.norm, ("linf", "l2"), "norm")
-        object.__setattr__(self, "eps", check_eps(self.eps, self.norm))
-        if self.eot < 1:
-            raise ValueError(f"eot must be at least 1, got {self.eot}")
+        check_fields(self, ("linf", "l2"), eot=1)
         for field in ("members", "binary"):
             texts = getattr(self, field)
             if isinstance(texts, str):

@@ -14,10 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ironclip.attacks._fields import check_fields
 from ironclip.attacks._objective import Objective
 from ironclip.attacks._tally import Tally, gradient, value
 from ironclip.core.ball import norms
-from ironclip.core.check import check_eps
 from ironclip.core.grad import draws_of
 from ironclip.core.rng import SampleRNG
 from ironclip.core.spec import method
@@ -51,10 +51,7 @@ class CW:
     trace: bool = False
 
     def __post_init__(self) -> None:
-        if self.eps is not None:
-            object.__setattr__(self, "eps", check_eps(self.eps, "l2"))
-        if self.search < 1 or self.steps < 1:
-            raise ValueError(f"search and steps must be at least 1, got {self.search} and {self.steps}")
+        check_fields(self, search=1, steps=1)
         if self.c <= 0 or self.lr <= 0 or self.kappa < 0:
             raise ValueError(
                 f"c and lr must be positive and kappa not negative, got {self.c}, {self.lr}, {self.kappa}; "

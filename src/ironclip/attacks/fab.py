@@ -15,11 +15,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ironclip.attacks._fields import check_fields
 from ironclip.attacks._objective import Objective
 from ironclip.attacks._tally import Tally, gradient, independent, value
 from ironclip.attacks.apgd import ranked
-from ironclip.core.ball import NORMS, norms, start_delta
-from ironclip.core.check import check_choice, check_eps
+from ironclip.core.ball import norms, start_delta
 from ironclip.core.grad import draws_of
 from ironclip.core.hyperplane import to_hyperplane
 from ironclip.core.rng import SampleRNG
@@ -56,12 +56,7 @@ class FABT:
     trace: bool = False
 
     def __post_init__(self) -> None:
-        check_choice(self.norm, NORMS, "norm")
-        check_choice(self.policy, ("min_norm", "first_success"), "policy")
-        object.__setattr__(self, "eps", check_eps(self.eps, self.norm))
-        for name in ("targets", "steps", "restarts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self, words={"policy": ("min_norm", "first_success")}, targets=1, steps=1, restarts=1)
         if not (0 <= self.alpha_max <= 1 and self.eta >= 1 and 0 < self.beta < 1):
             raise ValueError(
                 "alpha_max must be in [0, 1], eta at least 1 and beta in (0, 1), "

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ironclip.attacks._ascent import Ascent, ascend
+from ironclip.attacks._fields import check_fields
 from ironclip.attacks._tally import value
-from ironclip.core.ball import NORMS
-from ironclip.core.check import as_fraction, check_choice, check_eps, check_images, check_labels
+from ironclip.core.check import check_choice, check_images, check_labels
 from ironclip.core.grad import Fn, draws_of
 from ironclip.core.losses import FEATURE
 from ironclip.core.rng import SampleRNG
@@ -65,20 +65,10 @@ class FeaturePGD:
     level: str = "image"
 
     def __post_init__(self) -> None:
-        check_choice(self.norm, NORMS, "norm")
-        check_choice(self.loss, ("feat_l2", "feat_cos", "feat_tgt"), "loss")
-        check_choice(self.returned, ("best", "last"), "returned")
+        check_fields(self, losses=("feat_l2", "feat_cos", "feat_tgt"), steps=0)
         check_choice(self.level, ("image", "tokens"), "level")
-        object.__setattr__(self, "eps", check_eps(self.eps, self.norm))
-        if self.alpha is not None:
-            object.__setattr__(self, "alpha", as_fraction(self.alpha, "alpha"))
-            if self.alpha <= 0:
-                raise ValueError(f"alpha must be positive, got {self.alpha}; write 1/255")
         if self.start == "zero" and self.loss != "feat_tgt":
             raise ValueError(f"{self.loss} has zero gradient at the clean image; use start=uniform")
-        check_choice(self.start, ("zero", "uniform", "volume", "surface"), "start")
-        if self.steps < 0:
-            raise ValueError(f"steps must be >= 0, got {self.steps}")
 
     @torch.no_grad()
     def __call__(

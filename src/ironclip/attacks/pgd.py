@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ironclip.attacks._ascent import Ascent, ascend
+from ironclip.attacks._fields import check_fields
 from ironclip.attacks._objective import Objective
 from ironclip.attacks._tally import absorb, independent, value
-from ironclip.core.ball import NORMS, STARTS
-from ironclip.core.check import as_fraction, check_choice, check_eps
+from ironclip.core.check import check_choice
 from ironclip.core.grad import draws_of
 from ironclip.core.losses import TARGETED, UNTARGETED
 from ironclip.core.rng import SampleRNG
@@ -76,21 +76,8 @@ class PGD:
     trace: bool = False
 
     def __post_init__(self) -> None:
-        check_choice(self.norm, NORMS, "norm")
-        check_choice(self.start, STARTS, "start")
-        check_choice(self.loss, {**UNTARGETED, **TARGETED}, "loss")
-        check_choice(self.returned, ("best", "last"), "returned")
-        check_choice(self.policy, ("max_loss", "first_success"), "policy")
+        check_fields(self, losses={**UNTARGETED, **TARGETED}, steps=0, restarts=1)
         check_choice(self.quantise, ("none", "round"), "quantise")
-        object.__setattr__(self, "eps", check_eps(self.eps, self.norm))
-        for field in ("alpha", "rel_alpha"):
-            if getattr(self, field) is not None:
-                value = as_fraction(getattr(self, field), field)
-                if value <= 0:
-                    raise ValueError(f"{field} must be positive, got {value}; write 1/255")
-                object.__setattr__(self, field, value)
-        if self.steps < 0 or self.restarts < 1:
-            raise ValueError(f"steps must be >= 0 and restarts >= 1, got {self.steps} and {self.restarts}")
         if self.quantise == "round" and self.norm != "linf":
             raise ValueError(f"quantise=round keeps only a linf budget, got norm={self.norm}; use quantise=none")
 
@@ -140,10 +127,8 @@ class FGSM:
     start: str = "zero"
 
     def __post_init__(self) -> None:
+        check_fields(self, losses=UNTARGETED)
         check_choice(self.start, ("zero", "uniform"), "start")
-        check_choice(self.loss, UNTARGETED, "loss")
-        check_choice(self.norm, NORMS, "norm")
-        object.__setattr__(self, "eps", check_eps(self.eps, self.norm))
 
     @torch.no_grad()
     def __call__(self, clf: Classifier, x: Tensor, y: Tensor, *, rng: SampleRNG) -> AttackResult:

@@ -9,10 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ironclip.attacks._fields import check_fields
 from ironclip.attacks._objective import Objective
 from ironclip.attacks._tally import value
-from ironclip.core.ball import NORMS, start_delta
-from ironclip.core.check import check_choice, check_eps
+from ironclip.core.ball import start_delta
+from ironclip.core.check import check_choice
 from ironclip.core.grad import draws_of
 from ironclip.core.rng import SampleRNG
 from ironclip.core.spec import method
@@ -36,11 +37,8 @@ class RandomPoints:
     kind: str = "corner"
 
     def __post_init__(self) -> None:
-        check_choice(self.norm, NORMS, "norm")
+        check_fields(self, points=1)
         check_choice(self.kind, ("corner", "inside"), "kind")
-        object.__setattr__(self, "eps", check_eps(self.eps, self.norm))
-        if self.points < 1:
-            raise ValueError(f"points must be at least 1, got {self.points}")
 
     @torch.no_grad()
     def __call__(self, clf: Classifier, x: Tensor, y: Tensor, *, rng: SampleRNG) -> AttackResult:

@@ -15,9 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ironclip.attacks._fields import check_fields
 from ironclip.attacks._objective import Objective
 from ironclip.attacks._tally import Tally, independent, value
-from ironclip.core.check import check_choice, check_eps
 from ironclip.core.grad import draws_of
 from ironclip.core.rng import SampleRNG
 from ironclip.core.spec import method
@@ -49,10 +49,9 @@ class RayS:
     trace: bool = False
 
     def __post_init__(self) -> None:
-        check_choice(self.policy, ("first_success", "min_norm"), "policy")
-        object.__setattr__(self, "eps", check_eps(self.eps))
-        if self.queries < 1 or self.tol <= 0:
-            raise ValueError(f"queries must be at least 1 and tol positive, got {self.queries} and {self.tol}")
+        check_fields(self, words={"policy": ("first_success", "min_norm")}, queries=1)
+        if self.tol <= 0:
+            raise ValueError(f"tol must be positive, got {self.tol}; write 1e-4 (pixels)")
 
     @torch.no_grad()
     def __call__(self, clf: Classifier, x: Tensor, y: Tensor, *, rng: SampleRNG) -> AttackResult:

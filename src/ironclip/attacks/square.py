@@ -15,10 +15,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ironclip.attacks._fields import check_fields
 from ironclip.attacks._objective import Objective
 from ironclip.attacks._squares import bump, shifted, stripes, tiles, window
 from ironclip.attacks._tally import Tally, absorb, independent, value
-from ironclip.core.check import check_choice, check_eps
 from ironclip.core.grad import draws_of
 from ironclip.core.rng import SampleRNG
 from ironclip.core.spec import method
@@ -55,12 +55,7 @@ class Square:
     trace: bool = False
 
     def __post_init__(self) -> None:
-        check_choice(self.norm, ("linf", "l2"), "norm")
-        check_choice(self.loss, ("margin", "ce"), "loss")
-        check_choice(self.policy, ("max_loss", "first_success"), "policy")
-        object.__setattr__(self, "eps", check_eps(self.eps, self.norm))
-        if self.queries < 1 or self.restarts < 1:
-            raise ValueError(f"queries and restarts must be at least 1, got {self.queries} and {self.restarts}")
+        check_fields(self, ("linf", "l2"), ("margin", "ce"), queries=1, restarts=1)
         if not 0 < self.p <= 1:
             raise ValueError(f"p must be in (0, 1], got {self.p}; write 0.8")
 

@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ironclip.attacks._ascent import Ascent, ascend
+from ironclip.attacks._fields import check_fields
 from ironclip.attacks._objective import Objective
-from ironclip.core.ball import NORMS, STARTS
-from ironclip.core.check import as_fraction, check_choice, check_eps
 from ironclip.core.losses import UNTARGETED
 from ironclip.core.rng import SampleRNG, rng_or_rows
 from ironclip.core.spec import method
@@ -63,14 +62,7 @@ class Transfer:
     ti_sigma: float = 3.0
 
     def __post_init__(self) -> None:
-        check_choice(self.norm, NORMS, "norm")
-        check_choice(self.loss, UNTARGETED, "loss")
-        check_choice(self.start, STARTS, "start")
-        object.__setattr__(self, "eps", check_eps(self.eps, self.norm))
-        if self.alpha is not None:
-            object.__setattr__(self, "alpha", as_fraction(self.alpha, "alpha"))
-        if self.steps < 1 or self.mi < 0:
-            raise ValueError(f"steps must be at least 1 and mi not negative, got {self.steps} and {self.mi}")
+        check_fields(self, losses=UNTARGETED, steps=1, mi=0)
         if not (0 <= self.di <= 1 and 0 < self.di_low <= 1):
             raise ValueError(f"di must be in [0, 1] and di_low in (0, 1], got {self.di} and {self.di_low}")
         if self.ti < 0 or (self.ti and self.ti % 2 == 0) or self.ti_sigma <= 0:

@@ -13,10 +13,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ironclip.attacks._fields import check_fields
 from ironclip.attacks._objective import Objective
 from ironclip.attacks._tally import Tally, value
-from ironclip.core.ball import NORMS, project_delta, start_delta, unit_step
-from ironclip.core.check import as_fraction, check_choice, check_eps, check_labels
+from ironclip.core.ball import project_delta, start_delta, unit_step
+from ironclip.core.check import check_labels
 from ironclip.core.grad import Fn, draws_of, loss_and_grad
 from ironclip.core.losses import UNTARGETED, feat_cos
 from ironclip.core.rng import SampleRNG
@@ -51,13 +52,7 @@ class Universal:
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        check_choice(self.norm, NORMS, "norm")
-        check_choice(self.loss, (*UNTARGETED, "feat_cos"), "loss")
-        object.__setattr__(self, "eps", check_eps(self.eps, self.norm))
-        if self.alpha is not None:
-            object.__setattr__(self, "alpha", as_fraction(self.alpha, "alpha"))
-        if self.epochs < 1 or self.batch_size < 1:
-            raise ValueError(f"epochs and batch_size must be at least 1, got {self.epochs} and {self.batch_size}")
+        check_fields(self, losses=(*UNTARGETED, "feat_cos"), epochs=1, batch_size=1)
 
     @torch.no_grad()
     def fit(self, clf: Classifier, x: Tensor, y: Tensor, *, rng: SampleRNG) -> Tensor:
