@@ -46,8 +46,17 @@ class ConvTower(nn.Module):
         self.out = make(nn.Linear, 2 * width * (size // 4) ** 2, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.gelu(self.two(F.gelu(self.one(x))))
-        return self.out(h.flatten(1))
+        return self.out(self.spatial(x).flatten(1))
+
+    def spatial(self, x: Tensor) -> Tensor:
+        return F.gelu(self.two(F.gelu(self.one(x))))
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """The feature, then what each cell of the map brings to it: (b, 1 + p, d)."""
+        h = self.spatial(x)
+        weight = self.out.weight.view(-1, *h.shape[1:])
+        cells = torch.einsum("bcij,dcij->bijd", h, weight).flatten(1, 2)
+        return torch.cat([self.out(h.flatten(1)).unsqueeze(1), cells], dim=1)
 
 
 class AttentionTower(nn.Module):
@@ -61,10 +70,17 @@ class AttentionTower(nn.Module):
         self.out = make(nn.Linear, width, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.mixed(x).mean(dim=1))
+
+    def mixed(self, x: Tensor) -> Tensor:
         tokens = self.patch(x).flatten(2).transpose(1, 2)
         q, k, v = self.qkv(tokens).unsqueeze(1).chunk(3, dim=-1)
-        mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1)
-        return self.out((tokens + mixed).mean(dim=1))
+        return tokens + F.scaled_dot_product_attention(q, k, v).squeeze(1)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """The feature, then every patch sent the same way: (b, 1 + p, d)."""
+        patches = self.mixed(x)
+        return self.out(torch.cat([patches.mean(dim=1, keepdim=True), patches], dim=1))
 
 
 def words(dim: int) -> Callable[[Sequence[str]], Tensor]:
@@ -131,3 +147,6 @@ class _Centred(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.tower(x) - self.get_buffer("origin")
+
+    def tokens(self, x: Tensor) -> Tensor:
+        return self.tower.tokens(x) - self.get_buffer("origin")

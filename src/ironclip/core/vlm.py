@@ -232,12 +232,17 @@ class VLM(nn.Module):
 
         Raises ValueError if the model has no patches.
         """
-        tower = getattr(self.image, "tokens", None)
-        if tower is None:
-            raise ValueError(f"{self.name} exposes no patch tokens; use an hf:, open_clip: or embedded model")
-        tokens: Tensor = self._through_tower(tower, x)
+        tokens: Tensor = self._through_tower(self.token_tower, x)
         self._note_images(x.shape[0], tokens)
         return tokens
+
+    @property
+    def token_tower(self) -> Callable[[Tensor], Tensor]:
+        """Normalised pixels to tokens (b, 1 + p, d). Raises ValueError if the model has none."""
+        tower: Callable[[Tensor], Tensor] | None = getattr(self.image, "tokens", None)
+        if tower is None:
+            raise ValueError(f"{self.name} exposes no patch tokens; use an hf:, open_clip: or embedded model")
+        return tower
 
     @property
     def weights_hash(self) -> str:
