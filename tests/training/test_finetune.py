@@ -115,6 +115,9 @@ def test_other_settings_are_refused_with_the_difference(problem: Any, tmp_path: 
     fewer = data.take(range(30))
     with pytest.raises(ValueError, match=r"data\.images: 40 there, 30 now"):
         finetune(plan_of(clf), fewer, loop=LOOP, recipe="A(eps=1/255)", session=Session(tmp_path))
+    other = replace(data, recipe="resize8-bicubic-crop8")
+    with pytest.raises(ValueError, match=r"data\.preprocessing: none there, resize8-bicubic-crop8 now\. Give"):
+        finetune(plan_of(clf), other, loop=LOOP, recipe="A(eps=1/255)", session=Session(tmp_path))
     finetune(
         plan_of(clf), data, loop=replace(LOOP, log_every=1), recipe="A(eps=1/255)", session=Session(tmp_path)
     )  # how often to write is no setting of the weights

@@ -57,10 +57,10 @@ def estimate(plan: Plan, data: Source, loop: Loop, seed: int = 0) -> dict[str, A
 def _remembered(run: Student) -> int:
     """Bytes that the method keeps of one image, 0 where images are seen once and nothing is kept."""
     plan, loop = run.plan, run.loop
-    if plan.remember is None or loop.steps * loop.batch_size <= len(run.feed.rows):
+    if not plan.remembers or loop.steps * loop.batch_size <= len(run.feed.rows):
         return 0
     with torch.no_grad():
-        found = plan.remember(run.feed.batch(run.feed.rows[:1], -1).x)
+        found = plan.recall(run.feed.batch(run.feed.rows[:1], -1))
     return sum(4 * v.numel() for v in found.values())
 
 

@@ -59,13 +59,14 @@ class Student:
     def settings(self, recipe: str) -> dict[str, Any]:
         """Everything that the weights depend on."""
         vlm, clf = self.plan.clf.vlm, self.plan.clf
+        pixels = {"preprocessing": getattr(self.data, "recipe", ""), "manifest_hash": self.data.manifest_hash}
         return {
             "recipe": recipe,
             "config": dataclasses.asdict(self.loop),
             "seed": self.seed,
             "model": {"name": vlm.name, "weights": vlm.weights_hash},
             "classes": clf.prototype_hash if self.plan.labels else "",
-            "data": {"name": self.data.name, "images": len(self.data), "manifest_hash": self.data.manifest_hash},
+            "data": {"name": self.data.name, "images": len(self.data), **pixels},
         }
 
     def _remember(self, folder: Path | None) -> None:
