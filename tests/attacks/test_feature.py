@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from attack_toys import Conv, Linear, images, labels_of, tensor
+from torch import Tensor, nn
 
 from ironclip.attacks.feature import FeaturePGD
 from ironclip.core.ball import norms
 from ironclip.core.losses import feat_cos, feat_l2, feat_tgt
 from ironclip.core.rng import SampleRNG
+from ironclip.core.views import Defended, eot
 from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
 
@@ -81,3 +83,66 @@ def test_what_is_refused(clf: ZeroShot) -> None:
         FeaturePGD(loss="feat_tgt")(clf, x, y, rng=rng)
     with pytest.raises(ValueError, match="alpha must be positive, got 0"):
         FeaturePGD(alpha=0)
+
+
+class Tokens(nn.Module):
+    """A pooled embedding, and patch tokens that move while it stands still."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Conv(k=6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        return torch.stack([self.body(x.roll(2 * i, -1)) for i in range(5)], dim=1)
+
+
+def test_tokens_are_turned_away_one_by_one() -> None:
+    vlm = VLM.wrap(Tokens().eval(), lambda names: torch.cat([tensor(1, 6, seed=len(n)) for n in names]), 8)
+    clf, x = ZeroShot.build(vlm, ["a", "bb", "ccc"], ("{}",)), images(8)
+    y = labels_of(clf, x)
+    attack = FeaturePGD(preset="veattack", eps="4/255", steps=10)
+    assert (attack.level, attack.loss) == ("tokens", "feat_cos")
+    result = attack(clf, x, y, rng=R8)
+    with torch.no_grad():
+        clean, moved = (vlm.patch_tokens(v) for v in (x, result.x_adv))
+        by_hand = torch.stack([feat_cos(moved[:, i], clean[:, i]) for i in range(4)]).mean(0)
+        torch.testing.assert_close(by_hand, result.loss)
+        for seed in range(3):
+            noise = (x + 4 / 255 * tensor(8, 3, 8, 8, seed=seed).sign()).clamp(0, 1)
+            other = vlm.patch_tokens(noise)
+            assert bool(
+                (result.loss >= torch.stack([feat_cos(other[:, i], clean[:, i]) for i in range(4)]).mean(0)).all()
+            )
+    assert float(norms(result.x_adv - x).max()) <= 4 / 255 + 1e-7
+    towards = FeaturePGD(eps=1, alpha="1/50", steps=30, loss="feat_tgt", level="tokens", start="zero")
+    with torch.no_grad():
+        target = vlm.patch_tokens(images(8, seed=50))
+    assert bool((towards(clf, x, y, rng=R8, target=target).loss > feat_cos(clean, target) - 1).all())
+    with pytest.raises(ValueError, match=r"level=tokens needs target tokens \(b, p, d\), got \(8, 6\)"):
+        towards(clf, x, y, rng=R8, target=target[:, 0])
+
+
+def test_a_defended_embedding_is_attacked_through_the_defense(clf: ZeroShot) -> None:
+    """A defense that turns every image upside down: its own embedding moves, and averaged draws are counted."""
+    x = images(8)
+
+    def encode(v: Tensor, rng: SampleRNG | None = None) -> Tensor:
+        assert rng is not None
+        return clf.vlm.encode_image((v + 0.01 * rng.fold("n").normal_like(v)).flip(-2))
+
+    defended = Defended(clf, encode, randomized=True)
+    y = labels_of(defended, x)
+    result = FeaturePGD(eps="4/255", steps=5)(eot(defended, 3), x, y, rng=R8)
+    plain = FeaturePGD(eps="4/255", steps=5)(clf, x, y, rng=R8)
+    with torch.no_grad():
+        here, there = (feat_l2(encode(r.x_adv, R8), encode(x, R8)) for r in (result, plain))
+    assert bool((here > there).all())
+    assert result.forwards.tolist() == [3 * (1 + 5 + 1 + 1)] * 8
+
+
+def test_models_without_tokens_are_named(clf: ZeroShot) -> None:
+    with pytest.raises(ValueError, match="exposes no patch tokens"):
+        FeaturePGD(level="tokens", steps=1)(clf, images(8), torch.zeros(8, dtype=torch.long), rng=R8)
