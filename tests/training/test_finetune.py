@@ -257,6 +257,16 @@ def test_a_loss_that_grows_tenfold_is_divergence(problem: Any) -> None:
         finetune(plan_of(clf, loss=loss), data, loop=long)
 
 
+def test_a_negative_loss_that_falls_is_no_divergence(problem: Any) -> None:
+    clf, data = problem
+
+    def loss(student: Any, batch: Any, x_adv: torch.Tensor) -> Any:
+        weight = next(student.image.parameters())
+        return 0.0 * weight.sum() - 0.5 - 0.01 * max(batch.step, 0), {}
+
+    assert finetune(plan_of(clf, loss=loss), data, loop=replace(LOOP, steps=60, hold_out=0))
+
+
 def test_held_out_images_are_never_trained_on(problem: Any, tmp_path: Path) -> None:
     clf, data = problem
     trained: set[str] = set()
@@ -307,6 +317,9 @@ def test_learning_rates() -> None:
     late = replace(loop, first_step_full=True)
     assert (late.rate(0), late.rate(1)) == (1.0, pytest.approx(0.2))
     assert replace(loop, schedule="constant").rate(80) == 1.0
+    drops = replace(loop, schedule="constant", drops=(0.6, 0.8))
+    assert [drops.rate(s) for s in (59, 60, 79, 80, 99)] == pytest.approx([1.0, 0.1, 0.1, 0.01, 0.01])
+    assert replace(loop, drops=(0.5,)).rate(55) == pytest.approx(0.05)
     assert loop.resized(steps=20).warmup == 2
     assert loop.resized(steps=20, warmup=3).warmup == 3
 
@@ -323,6 +336,7 @@ def test_learning_rates() -> None:
         ({"optimizer": "lion"}, "unknown optimizer 'lion'"),
         ({"precision": "fp16"}, "unknown precision 'fp16'"),
         ({"clip_norm": 0.0}, "clip_norm must be positive or None, got 0.0"),
+        ({"drops": (0.6, 1.0)}, r"drops must lie between 0 and 1, got \(0.6, 1.0\); write \(0.6, 0.8\)"),
     ],
 )
 def test_bad_loops_are_refused(fields: dict[str, Any], message: str) -> None:

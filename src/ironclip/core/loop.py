@@ -17,7 +17,8 @@ class Loop:
     """``steps`` updates of ``batch_size`` images, taken in ``accumulate`` equal parts where memory is short.
 
     ``lr`` rises linearly over ``warmup`` steps, then stays (``constant``) or falls to 0 as a cosine;
-    ``first_step_full`` keeps the first step at the full rate, as code does that sets the rate after each step.
+    ``first_step_full`` keeps the first step at the full rate, as code does that sets the rate after each step;
+    ``drops``: from each of these shares of the steps on, such as (0.6, 0.8), the rate is a tenth of what it was.
     ``optimizer``: adamw (``betas``, ``adam_eps``), adam, whose decay is an L2 term of the loss, or sgd (``momentum``);
     ``weight_decay`` applies to every trained tensor.
     ``clip_norm``: bound on the gradient's norm. ``ema``: decay of the running mean of weights that is kept instead of
@@ -44,6 +45,7 @@ class Loop:
     adam_eps: float = 1e-8
     momentum: float = 0.9
     first_step_full: bool = False
+    drops: tuple[float, ...] = ()
     ema: float = 0.0
     train: str = "all"
     hold_out: int = 64
@@ -79,10 +81,15 @@ class Loop:
         check_choice(self.optimizer, ("adamw", "adam", "sgd"), "optimizer")
         for name in ("precision", "attack_precision"):
             check_choice(getattr(self, name), ("fp32", "bf16"), name)
+        if any(not 0 < share < 1 for share in self.drops):
+            raise ValueError(f"drops must lie between 0 and 1, got {self.drops}; write (0.6, 0.8)")
         self.trained()
 
     def rate(self, step: int) -> float:
         """Learning rate of step 0, 1, ..."""
+        return self._smooth_rate(step) * 0.1 ** sum(step >= share * self.steps for share in self.drops)
+
+    def _smooth_rate(self, step: int) -> float:
         if self.first_step_full and step == 0:
             return self.lr
         if step < self.warmup:

@@ -137,7 +137,8 @@ class Student:
         if len(self.losses) < 2 * WINDOW:
             return ""
         first, now = sum(self.losses[:WINDOW]) / WINDOW, sum(self.losses[WINDOW:]) / WINDOW
-        return f"mean loss {now:.4g} after {first:.4g} at first" if now > self.loop.diverged * first + 1e-3 else ""
+        limit = first + (self.loop.diverged - 1) * abs(first) + 1e-3  # losses may be negative
+        return f"mean loss {now:.4g} after {first:.4g} at first" if now > limit else ""
 
     def give_up(self, step: int) -> None:
         """Go back to the last checkpoint. Raises RuntimeError if there is none."""
