@@ -61,6 +61,7 @@ DEFENSES: dict[str, str] = {
     "purify": "ironclip.defenses.purify:Purify",
     "smoothing": "ironclip.defenses.smoothing:Smoothing",
     "rtpt": "ironclip.defenses.rtpt:RTPT",
+    "tapt": "ironclip.defenses.tapt:TAPT",
     "tecoa": "ironclip.defenses.tecoa:TeCoA",
     "tga_zsr": "ironclip.defenses.tga_zsr:TGAZSR",
     "laat": "ironclip.defenses.laat:LAAT",

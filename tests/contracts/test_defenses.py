@@ -74,6 +74,8 @@ ROWS = (
     Row("FPTNoise(levels=2)", fit=lambda d, clf: d.fit(clf, toy_images(32, size=clf.vlm.image_size, seed=9))),
     Row("RTPT(steps=0, views=8, neighbours=3)"),
     Row("RTPT(views=8, neighbours=3, share=0.25)", atol=1e-2, models=("tiny",)),
+    Row("TAPT(views=8, share=0.25)", fit=few_steps, atol=1e-2, models=("tiny",)),
+    Row("TAPT(views=8, share=0.25, variant=vlj)", fit=few_steps, atol=1e-2, models=("tiny",)),
     Row("tecoa", fit=few_steps, ranged=False),
     Row("TeCoA(mix_alpha=0.5, label_space=per_set)", fit=few_steps, ranged=False),
     Row("tecoa(preset=reference)", fit=few_steps, ranged=False),

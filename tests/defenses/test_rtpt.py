@@ -18,8 +18,7 @@ import ironclip
 from ironclip.core.prompts import SoftPrompts
 from ironclip.core.rng import SampleRNG
 from ironclip.core.zeroshot import ZeroShot
-from ironclip.defenses._prompts import AdamW, Texts, entropies, most_confident
-from ironclip.defenses._rtpt_published import full_texts
+from ironclip.defenses._prompts import AdamW, Texts, entropies, full_texts, most_confident
 from ironclip.defenses.rtpt import RTPT
 
 NAMES = ["ant", "large bee", "cat", "ox"]

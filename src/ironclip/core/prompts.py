@@ -49,8 +49,10 @@ class SoftPrompts:
     packs: Packs | None
 
     @classmethod
-    def of(cls, vlm: VLM, names: Sequence[str], template: str = "a photo of a {}.") -> SoftPrompts:
-        """The words of ``template`` before ``{}`` become the context.
+    def of(
+        cls, vlm: VLM, names: Sequence[str], template: str = "a photo of a {}.", tokens: int | None = None
+    ) -> SoftPrompts:
+        """The words of ``template`` before ``{}`` become the context, or their first ``tokens`` tokens.
 
         Raises ValueError for a template without words before ``{}``, a model without token embeddings, and a tokenizer
         that joins the context to the names.
@@ -60,10 +62,10 @@ class SoftPrompts:
         if not names:
             raise ValueError("no class names; pass at least two")
         with torch.inference_mode(False):  # the ids outlive the caller's mode
-            return cls._of(vlm, names, template)
+            return cls._of(vlm, names, template, tokens)
 
     @classmethod
-    def _of(cls, vlm: VLM, names: Sequence[str], template: str) -> SoftPrompts:
+    def _of(cls, vlm: VLM, names: Sequence[str], template: str, tokens: int | None) -> SoftPrompts:
         if vlm.token_embedding is None or vlm.tokenize is None:
             raise ValueError(f"{vlm.name} has no tokenizer; soft prompts need one")
         ids = vlm.tokenize([template.format(n) for n in names]).to(vlm.device)
@@ -74,9 +76,12 @@ class SoftPrompts:
             raise ValueError(
                 f"the tokenizer of {vlm.name} does not keep the words of {template!r} apart from the names"
             )
+        m = pre - start if tokens is None else tokens
+        if not 1 <= m <= pre - start:
+            raise ValueError(f"{template!r} begins with {pre - start} tokens, got tokens={tokens}; write a longer one")
         if vlm.causal and vlm.eot is not None:
             ids = ids[:, : int(vlm.eot(ids).max()) + 1]
-        return cls(vlm, ids, start, pre - start, _pack(vlm, ids, pre))
+        return cls(vlm, ids, start, m, _pack(vlm, ids, pre))
 
     @property
     def k(self) -> int:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ironclip.core.grad import wants_graph
-from ironclip.core.hooks import class_token_only
-from ironclip.core.prompts import SoftPrompts
+from ironclip.core.hooks import class_token_only, replaced_output
+from ironclip.core.prompts import SoftPrompts, replaced_tokens
 from ironclip.core.rng import SampleRNG
 from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
@@ -123,3 +124,25 @@ def along(g: Tensor, lr: float) -> Tensor:
     flat = g.flatten(1)
     size = flat.norm(dim=1).clamp(min=1e-30).view(-1, *[1] * (g.ndim - 1))
     return -lr * flat.shape[1] ** 0.5 * g / size
+
+
+TEXT_LENGTH = 40
+"""Positions of the published text tower, cut from 77."""
+
+
+def full_texts(soft: SoftPrompts, prompts: Tensor) -> Tensor:
+    """(k, d) unit features for one (depth, m, w) set of prompts, as published: nothing shared, nothing cut off."""
+    vlm, ids = soft.vlm, soft.ids
+    if vlm.causal:
+        width = min(TEXT_LENGTH, int(vlm.facts.get("max_tokens", TEXT_LENGTH)))
+        ids = torch.cat([ids, ids[:, -1:].expand(-1, max(width - ids.shape[1], 0))], dim=1)
+    with torch.no_grad():
+        embeds = vlm.embed_tokens(ids)
+    context = prompts[0].expand(len(ids), -1, -1)
+    embeds = torch.cat([embeds[:, : soft.start], context, embeds[:, soft.start + soft.m :]], dim=1)
+    for count in vlm._counts:
+        count.texts += len(ids)
+    many = prompts.expand(len(ids), -1, -1, -1)
+    blocks = getattr(vlm.text, "blocks", [])
+    with replaced_output(vlm.token_embedding, embeds), replaced_tokens(blocks, many, soft.start):
+        return F.normalize(vlm.text(ids), dim=-1)

@@ -9,36 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ironclip.core.hooks import replaced_output
 from ironclip.core.prompts import SoftPrompts
 from ironclip.core.rng import SampleRNG
 from ironclip.core.zeroshot import ZeroShot
-from ironclip.defenses._prompts import WEIGHT_DECAY, entropies
+from ironclip.defenses._prompts import WEIGHT_DECAY, entropies, full_texts
 
 if TYPE_CHECKING:
     from ironclip.defenses.rtpt import RTPT
-
-TEXT_LENGTH = 40
-"""Positions of the published text tower, cut from 77."""
-
-
-def full_texts(soft: SoftPrompts, prompts: Tensor) -> Tensor:
-    """(k, d) unit features for one (1, m, w) set of prompts, nothing shared and nothing cut off."""
-    vlm, ids = soft.vlm, soft.ids
-    if vlm.causal:
-        width = min(TEXT_LENGTH, int(vlm.facts.get("max_tokens", TEXT_LENGTH)))
-        ids = torch.cat([ids, ids[:, -1:].expand(-1, max(width - ids.shape[1], 0))], dim=1)
-    with torch.no_grad():
-        embeds = vlm.embed_tokens(ids)
-    context = prompts[0].expand(len(ids), -1, -1)
-    embeds = torch.cat([embeds[:, : soft.start], context, embeds[:, soft.start + soft.m :]], dim=1)
-    for count in vlm._counts:
-        count.texts += len(ids)
-    with replaced_output(vlm.token_embedding, embeds):
-        return F.normalize(vlm.text(ids), dim=-1)
 
 
 def published(defense: RTPT, clf: ZeroShot, soft: SoftPrompts | None, x: Tensor, rng: SampleRNG) -> Tensor:
