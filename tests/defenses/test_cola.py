@@ -198,6 +198,11 @@ def test_texts_are_encoded_once() -> None:
         COLA(texts=7, weights="uniform").surrogate(clf)
         COLA(texts=7).apply(clf.with_vlm(clf.vlm.at_precision("bf16")))
     assert count.texts == 7 * 5
+    cola = COLA(texts=7)
+    assert cola.prepare(clf) is cola.prepare(clf.with_vlm(clf.vlm.at_precision("bf16")))
+    assert COLA(texts=7, rank=3).prepare(clf).basis.shape[1] == 3
+    other = toy_clf()
+    assert cola.prepare(other) is not cola.prepare(clf), "another text tower, though its weights are equal"
 
 
 def test_cost_is_one_forward_per_view() -> None:

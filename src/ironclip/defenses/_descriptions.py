@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ironclip.core.zeroshot import ZeroShot
 
-_kept: weakref.WeakKeyDictionary[Any, dict[Any, Tensor]] = weakref.WeakKeyDictionary()
+T = TypeVar("T")
+_kept: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +102,7 @@ def from_templates(clf: ZeroShot, number: int) -> list[list[str]]:
 
 
 def encoded(clf: ZeroShot, texts: list[list[str]]) -> tuple[Tensor, Tensor]:
-    """(k, m, d) unit features and (k, m) which exist. A text tower keeps its last two lists."""
+    """(k, m, d) unit features and (k, m) which exist. Kept with the text tower."""
     longest = max(map(len, texts))
     mask = torch.tensor([[i < len(t) for i in range(longest)] for t in texts], device=clf.weights.device)
     key = (clf.vlm.weights_hash, tuple(map(tuple, texts)))
@@ -113,19 +114,21 @@ def encoded(clf: ZeroShot, texts: list[list[str]]) -> tuple[Tensor, Tensor]:
         out[mask.to(flat.device)] = flat
         return out
 
-    return _remembered(clf.vlm.text, key, make), mask
+    return remembered(clf.vlm.text, key, make), mask
 
 
-def _remembered(tower: Any, key: Any, make: Callable[[], Tensor]) -> Tensor:
+def remembered(tower: Any, key: Any, make: Callable[[], T]) -> T:
+    """``make()``, or what it gave for this text tower and key before; a tower keeps its last four results."""
     try:
         shelf = _kept.setdefault(tower, {})
     except TypeError:  # a callable that cannot be referred to weakly
         return make()
     if key not in shelf:
-        while len(shelf) > 1:
+        while len(shelf) > 3:
             del shelf[next(iter(shelf))]
         shelf[key] = make()
-    return shelf[key]
+    found: T = shelf[key]
+    return found
 
 
 def text_entropies(logits: Tensor, mask: Tensor) -> Tensor:

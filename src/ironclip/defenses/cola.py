@@ -28,7 +28,16 @@ from ironclip.core.types import Info, State
 from ironclip.core.views import Scored
 from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
-from ironclip.defenses._descriptions import Texts, encoded, entropy, from_file, from_templates, signed, text_entropies
+from ironclip.defenses._descriptions import (
+    Texts,
+    encoded,
+    entropy,
+    from_file,
+    from_templates,
+    remembered,
+    signed,
+    text_entropies,
+)
 from ironclip.defenses._inner import forwarded
 
 CELLS = 8_000_000
@@ -127,10 +136,16 @@ class COLA:
         classes have fewer than m. Raises ValueError for rows that are not unit length or not finite, and a ``rank``
         above d; warns where the texts span less than ``rank``."""
         if rows is None:
-            named = self.descriptions
+            named, weights = self.descriptions, clf.weights
             listed = from_templates(clf, self.texts) if named is None else from_file(named, clf, self.ragged)
-            rows, mask = encoded(clf, listed)
-            rows = rows.to(clf.weights)
+            what = (self.rank, clf.scale, weights.dtype, str(weights.device))
+
+            def make() -> Texts:
+                own, there = encoded(clf, listed)
+                with torch.inference_mode(False), torch.no_grad():
+                    return self.prepare(clf, own.to(weights), there)
+
+            return remembered(clf.vlm.text, (clf.vlm.weights_hash, tuple(map(tuple, listed)), what), make)
         if mask is None:
             mask = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
         if not bool(torch.isfinite(rows).all()):
