@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import ironclip
 from ironclip.cli import main
+from ironclip.evaluation.entries import expand_defenses
 from ironclip.evaluation.fitting import estimate_fit, fit_defense
-from ironclip.evaluation.run import expand_defenses
+from ironclip.registry import DEFENSES
 
 SMALL = ["--vlm", "tiny", "--data", "shapes:train", "--limit", "20", "--steps", "3", "--batch-size", "4"]
 SPEC = "TeCoA(steps=1)"
@@ -63,10 +64,10 @@ def test_a_state_of_another_backbone_is_refused(fitted: Path, tmp_path: Path) ->
         ironclip.evaluate("tiny", "shapes", SPEC, limit=2, state=tmp_path)
 
 
-def test_all_takes_what_is_fitted(fitted: Path) -> None:
-    with pytest.warns(UserWarning, match=r"all leaves out .*tecoa.*: no fitted state in --state None"):
-        assert "tecoa" not in expand_defenses(["all"])
-    assert "tecoa" in expand_defenses(["all"], fitted)
+def test_all_is_every_defense_once() -> None:
+    names = expand_defenses(["tecoa", "all", "none"])
+    assert sorted(names) == sorted(DEFENSES)
+    assert names[0] == "tecoa"
 
 
 def test_going_on_and_starting_over(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,8 +18,9 @@ from ironclip.core.space import Space
 from ironclip.core.spec import full_text
 from ironclip.core.zeroshot import ZeroShot
 from ironclip.evaluation.block import Progress, Silent
+from ironclip.evaluation.entries import load_state
 from ironclip.evaluation.judge import judge
-from ironclip.evaluation.run import Job, load_state, open_data
+from ironclip.evaluation.run import Job, open_data
 from ironclip.evaluation.store import write_atomic
 from ironclip.models import load
 from ironclip.registry import build_attack, build_defense

@@ -10,8 +10,9 @@ from typing import Any
 
 from ironclip.core.check import unknown
 from ironclip.core.spec import split_list
+from ironclip.evaluation.entries import expand_defenses
 from ironclip.evaluation.recipes import budget
-from ironclip.evaluation.run import Job, expand_defenses, validate
+from ironclip.evaluation.run import Job, validate
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -75,7 +76,7 @@ def job_from(label: str, values: dict[str, Any], changes: dict[str, Any] | None 
         if key in merged:
             value = merged[key]
             items = split_list(value) if isinstance(value, str) else list(value)
-            merged[key] = tuple(expand_defenses(items, merged.get("state")) if key == "defenses" else items)
+            merged[key] = tuple(expand_defenses(items) if key == "defenses" else items)
     merged["budget"] = budget(merged.get("budget", "standard"))
     job = Job(**merged)
     try:

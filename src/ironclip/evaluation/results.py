@@ -122,6 +122,7 @@ def assemble(
         "pairs": _pairs(worst, outcomes) + _static_pairs(rows, details),
         "macro": _macro(worst, outcomes),
         "errors": list(errors),
+        "not_applicable": [],
         "gallery": list(gallery),
     }
 
@@ -294,7 +295,7 @@ def exit_status(results: dict[str, Any]) -> int:
 def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Several results dictionaries as one table of several blocks."""
     out = dict(parts[0])
-    for key in ("rows", "worst", "pairs", "macro", "errors", "gallery", "notes"):
+    for key in ("rows", "worst", "pairs", "macro", "errors", "not_applicable", "gallery", "notes"):
         out[key] = list(itertools.chain.from_iterable(p[key] for p in parts))
     out["notes"] = list(dict.fromkeys(out["notes"]))
     return out

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import tempfile
 import traceback
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file
 
 from ironclip.core.check import check_choice, unknown
 from ironclip.core.space import Space
 from ironclip.core.spec import full_text, split_list
-from ironclip.core.types import THREATS, Attack, Defense, State
+from ironclip.core.types import THREATS, Attack, Defense
 from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
 from ironclip.data import load_data
@@ -27,13 +25,15 @@ from ironclip.evaluation.adaptive import run_adaptive
 from ironclip.evaluation.block import Block, Entry, Progress, Silent
 from ironclip.evaluation.cells import Cell, cell, run_static
 from ironclip.evaluation.cost import cost
+from ironclip.evaluation.entries import applicable, expand_defenses
+from ironclip.evaluation.missing import refuse_missing
 from ironclip.evaluation.probes import probe
 from ironclip.evaluation.recipes import Budget
 from ironclip.evaluation.recipes import budget as budget_named
 from ironclip.evaluation.results import NO_COST, assemble, merged
 from ironclip.evaluation.store import Store, StoreError
 from ironclip.models import load
-from ironclip.registry import DEFENSES, build_attack, build_defense
+from ironclip.registry import build_attack, build_defense
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,13 @@ def evaluate(
     whose examples the adaptive attack tries too.
 
     Returns the results dictionary of ``evaluation/results.py``. Raises ValueError for bad input before any work begins;
-    a cell that fails later is recorded under ``errors``.
+    a cell that fails later is recorded under ``errors``. Of several defenses, those that cannot be run here are listed
+    under ``not_applicable`` with the reason; a single one that cannot be run is bad input.
     """
     job = Job(
         vlm=vlm,
         data=_listed(data),
-        defenses=expand_defenses(_listed(defenses), state),
+        defenses=expand_defenses(_listed(defenses)),
         attacks=_listed(attacks),
         threat=_listed(threat),
         limit=limit,
@@ -145,12 +146,24 @@ def evaluate_jobs(
         raise ValueError(f"workers must be at least 1, got {workers}")
     for job in jobs:
         validate(job)
+    refuse_missing(jobs)
     shown = progress or Silent()
     if store is None:
         with tempfile.TemporaryDirectory(prefix="ironclip-") as folder:
-            return merged([_execute(j, Path(folder) / "store", executor, workers, shown, command) for j in jobs])
+            return _all(jobs, Path(folder) / "store", executor, workers, shown, command)
     Store(store)
-    return merged([_execute(j, Path(store), executor, workers, shown, command) for j in jobs])
+    return _all(jobs, Path(store), executor, workers, shown, command)
+
+
+def _all(
+    jobs: Sequence[Job], folder: Path, executor: str, workers: int, progress: Progress, command: str
+) -> dict[str, Any]:
+    results = merged([_execute(j, folder, executor, workers, progress, command) for j in jobs])
+    absent = results["not_applicable"]
+    if absent and not results["rows"] and not results["errors"]:
+        said = "; ".join(dict.fromkeys(f"{a['defense']} on {a['vlm']}: {a['reason']}" for a in absent))
+        raise ValueError(f"none of the defenses can be run: {said}")
+    return results
 
 
 def validate(job: Job) -> None:
@@ -247,9 +260,7 @@ def _block(
     )
     few = whole if job.adaptive_limit is None else replace(whole, data=data.subset(job.adaptive_limit, job.seed))
     attacks = [build_attack(a) for a in job.attacks]
-    entries = [Entry(build_defense(d), load_state(job, d)) for d in job.defenses]
-    for e in entries:
-        e.defense.apply(clf, e.state)  # a defense that cannot stand on this model says so before any work
+    entries, absent = applicable(job, clf, data.name)
     budgets = {(a.eps, getattr(a, "norm", "linf")): None for a in attacks}  # type: ignore[attr-defined]
     done: list[tuple[Cell, Entry, Block]] = []
     errors: list[dict[str, Any]] = []
@@ -293,7 +304,7 @@ def _block(
                     )
     if shard != (0, 1):
         return assemble(store, ())
-    return _table(job, done, errors, command)
+    return _table(job, done, errors, command) | {"not_applicable": absent}
 
 
 def _table(
@@ -334,48 +345,7 @@ def classifier(store: Store, model: VLM, data: Dataset, merge_duplicates: bool =
     return ZeroShot.build(model, data.class_names, data.templates, merge_duplicates=merge_duplicates, weights=weights)
 
 
-def load_state(job: Job, spec: Any) -> State | None:
-    """The fitted state of a defense from the folder ``--state``, where the defense needs one.
-
-    Raises ValueError naming the file and the command that makes it.
-    """
-    defense = build_defense(spec)
-    if not defense.info.needs_state:
-        return None
-    name = defense.info.name
-    path = Path(job.state or "") / f"{name}.safetensors"
-    if job.state is None or not path.exists():
-        raise ValueError(
-            f"{name} must be fitted first: no {path.name} in --state {job.state}; run ironclip fit {name!r}"
-        )
-    return load_file(path)
-
-
 def _listed(value: Any) -> tuple[Any, ...]:
     if isinstance(value, str):
         return tuple(split_list(value))
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-
-
-def expand_defenses(names: Iterable[Any], state: str | Path | None = None) -> tuple[Any, ...]:
-    """``all`` becomes every registered defense that can run; repeated entries count once.
-
-    Those that must be fitted belong to ``all`` where the folder ``state`` has theirs; the others are named in a
-    warning.
-    """
-    out: list[Any] = []
-    for name in names:
-        out += _runnable(state) if name == "all" else [name]
-    return tuple(dict.fromkeys(out))
-
-
-def _runnable(state: str | Path | None) -> list[str]:
-    unfitted = [
-        name
-        for name in DEFENSES
-        if build_defense(name).info.needs_state
-        and (state is None or not (Path(state) / f"{name}.safetensors").exists())
-    ]
-    if unfitted:
-        warnings.warn(f"all leaves out {', '.join(unfitted)}: no fitted state in --state {state}", stacklevel=3)
-    return [name for name in DEFENSES if name not in unfitted]

@@ -19,7 +19,7 @@ from ironclip.report.means import means as means_over_sets
 
 Results: TypeAlias = Mapping[str, Any]
 FORMAT = 1
-LISTS = ("rows", "worst", "pairs", "macro", "errors", "gallery", "notes")
+LISTS = ("rows", "worst", "pairs", "macro", "errors", "not_applicable", "gallery", "notes")
 
 
 def check(results: Results) -> dict[str, Any]:
@@ -38,7 +38,15 @@ def check(results: Results) -> dict[str, Any]:
             missing = [k for k in ("vlm", "data", "defense") if not row.get(k)]
             if missing:
                 raise ValueError(f"{name}[{i}] must name its vlm, data and defense; {', '.join(missing)} missing")
+    shown = {(r["vlm"], r["data"]) for r in full["rows"]}
+    alone = [a for a in full["not_applicable"] if (a["vlm"], a["data"]) not in shown]
+    full["notes"] = list(dict.fromkeys([*full["notes"], *(f"{a['vlm']}, {a['data']}: {_absent(a)}" for a in alone)]))
     return full
+
+
+def _absent(entry: Mapping[str, Any]) -> str:
+    """A defense that cannot be run on a model, and why."""
+    return f"{entry['title']} not applicable: {entry['reason']}"
 
 
 def blocks(results: Results, order: Order = "R*", means: bool = True) -> list[Block]:
@@ -98,7 +106,9 @@ def _block(key: tuple[str, ...], rows: Sequence[dict[str, Any]], full: dict[str,
         lines.append(_line(mine, found))
         worst += [found] if found else []
     pairs = [p for p in full["pairs"] if p.get("metric") == "R*" and matches(p, rows[0])]
-    return Block(vlm, data, eps, norm, extra, ranked(lines, pairs, order), _facts(rows, worst), (data,))
+    facts = _facts(rows, worst)
+    facts += [_absent(a) for a in full["not_applicable"] if (a["vlm"], a["data"]) == (vlm, data)]
+    return Block(vlm, data, eps, norm, extra, ranked(lines, pairs, order), facts, (data,))
 
 
 def _line(rows: Sequence[dict[str, Any]], worst: Mapping[str, Any] | None) -> Line:
