@@ -66,17 +66,36 @@ def test_a_killed_run_resumes_to_the_same_rows(serial: list[dict[str, Any]], tmp
     assert rows(store) == serial
 
 
-def test_ctrl_c_exits_130_and_says_how_to_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_exit_130_and_say_how_to_go_on(sent: signal.Signals, tmp_path: Path) -> None:
     store = tmp_path / "store"
     process = subprocess.Popen([*COMMAND, *BENCH, "--store", str(store)], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not list(store.glob("cells/**/*.parquet")):
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "run the same command to go on" in err
     assert "Traceback" not in err
+    assert not list(store.rglob("*.tmp"))
+
+
+def test_sigterm_ends_the_workers_too(tmp_path: Path) -> None:
+    import psutil
+
+    store = tmp_path / "store"
+    command = [*COMMAND, *BENCH, "--store", str(store), "--executor", "process", "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(store.glob("cells/**/*.parquet")):
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert len(children) >= 2
+    assert not psutil.wait_procs(children, timeout=20)[1]
 
 
 @pytest.mark.parametrize(

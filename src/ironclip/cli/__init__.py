@@ -21,6 +21,7 @@ from ironclip.cli.pretrain import pretrain
 from ironclip.cli.query import EXAMPLES, query
 from ironclip.cli.report import report
 from ironclip.cli.run import run
+from ironclip.cli.stopping import terminable
 from ironclip.cli.store import store_app
 
 app = typer.Typer(
@@ -55,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status as well as raising SystemExit with it from the console script."""
     warnings.showwarning = _warn  # type: ignore[assignment]
     try:
-        status = app(args=argv, standalone_mode=False)
+        with terminable():
+            status = app(args=argv, standalone_mode=False)
         code = status if isinstance(status, int) else 0
     except click.exceptions.Exit as stop:
         code = stop.exit_code
