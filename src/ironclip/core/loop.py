@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from ironclip.core.check import check_choice
 
+FIRST_EPOCH = 1e-5
+"""Learning rate of the first epoch under ``schedule=epochs``."""
 _COUNTS = ("steps", "batch_size", "accumulate", "checkpoint_every", "log_every", "validate_every")
 
 
@@ -16,7 +18,8 @@ _COUNTS = ("steps", "batch_size", "accumulate", "checkpoint_every", "log_every",
 class Loop:
     """``steps`` updates of ``batch_size`` images, taken in ``accumulate`` equal parts where memory is short.
 
-    ``lr`` rises linearly over ``warmup`` steps, then stays (``constant``) or falls to 0 as a cosine;
+    ``lr`` rises linearly over ``warmup`` steps, then stays (``constant``) or falls to 0 as a cosine; with ``epochs``
+    the ``warmup`` steps are an epoch at 1e-5, and the cosine goes down once an epoch and never reaches 0 (as in CoOp);
     ``first_step_full`` keeps the first step at the full rate, as code does that sets the rate after each step;
     ``drops``: from each of these shares of the steps on, such as (0.6, 0.8), the rate is a tenth of what it was.
     ``optimizer``: adamw (``betas``, ``adam_eps``), adam, whose decay is an L2 term of the loss, or sgd (``momentum``);
@@ -35,7 +38,7 @@ class Loop:
     lr: float = 1e-4
     weight_decay: float = 0.0
     warmup: int = 0
-    schedule: Literal["constant", "cosine"] = "cosine"
+    schedule: Literal["constant", "cosine", "epochs"] = "cosine"
     accumulate: int = 1
     clip_norm: float | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -77,7 +80,9 @@ class Loop:
         for name, value in (("ema", self.ema), ("momentum", self.momentum), *(("betas", b) for b in self.betas)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {value}")
-        check_choice(self.schedule, ("constant", "cosine"), "schedule")
+        check_choice(self.schedule, ("constant", "cosine", "epochs"), "schedule")
+        if self.schedule == "epochs" and not self.warmup:
+            raise ValueError("schedule=epochs counts in epochs of warmup steps; write warmup=50 for 50 steps an epoch")
         check_choice(self.optimizer, ("adamw", "adam", "sgd"), "optimizer")
         for name in ("precision", "attack_precision"):
             check_choice(getattr(self, name), ("fp32", "bf16"), name)
@@ -92,6 +97,10 @@ class Loop:
     def _smooth_rate(self, step: int) -> float:
         if self.first_step_full and step == 0:
             return self.lr
+        if self.schedule == "epochs":
+            epoch = step // self.warmup
+            falling = 0.5 * self.lr * (1 + math.cos(math.pi * (epoch - 1) * self.warmup / self.steps))
+            return falling if epoch else FIRST_EPOCH
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         if self.schedule == "constant":
@@ -114,6 +123,8 @@ class Loop:
         kept = {name: getattr(self, name) for name in known} | changes
         if "steps" in changes and "warmup" not in changes:
             kept["warmup"] = self.warmup * int(changes["steps"]) // self.steps
+            if kept["schedule"] == "epochs":
+                kept["warmup"] = max(kept["warmup"], 1)
         return Loop(**kept)
 
 
