@@ -63,11 +63,13 @@ DEFENSES: dict[str, str] = {
     "rtpt": "ironclip.defenses.rtpt:RTPT",
     "tapt": "ironclip.defenses.tapt:TAPT",
     "tecoa": "ironclip.defenses.tecoa:TeCoA",
+    "apt": "ironclip.defenses.apt:APT",
     "tga_zsr": "ironclip.defenses.tga_zsr:TGAZSR",
     "laat": "ironclip.defenses.laat:LAAT",
     "fare": "ironclip.defenses.fare:FARE",
     "pmg_aft": "ironclip.defenses.pmg_aft:PMGAFT",
     "tima": "ironclip.defenses.tima:TIMA",
+    "mmcoa": "ironclip.defenses.mmcoa:MMCoA",
 }
 
 

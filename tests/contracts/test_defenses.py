@@ -79,6 +79,8 @@ ROWS = (
     Row("tecoa", fit=few_steps, ranged=False),
     Row("TeCoA(mix_alpha=0.5, label_space=per_set)", fit=few_steps, ranged=False),
     Row("tecoa(preset=reference)", fit=few_steps, ranged=False),
+    Row("APT(tokens=4, attack=perturbed, position=middle)", fit=few_steps, ranged=False, models=("tiny",)),
+    Row("apt(preset=reference, context=class_specific)", fit=few_steps, ranged=False, models=("tiny",)),
     Row("tga_zsr", fit=few_steps, ranged=False),
     Row("tga_zsr(preset=reference)", fit=few_steps, ranged=False),
     Row("laat", fit=few_steps, ranged=False),
@@ -91,6 +93,8 @@ ROWS = (
     Row("tima", fit=few_steps, ranged=False),
     Row("TIMA(mix_alpha=0.5, order=alternating, rows=free)", fit=few_steps, ranged=False),
     Row("TIMA(text=table, deploy=original)", fit=few_steps, ranged=False),
+    Row("mmcoa", fit=few_steps, ranged=False, models=("tiny",)),
+    Row("MMCoA(towers=image, mix_alpha=0.5)", fit=few_steps, ranged=False),
 )
 MODELS = ("toy-conv", "toy-attention", "tiny")
 B = 8

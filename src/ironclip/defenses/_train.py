@@ -97,7 +97,7 @@ def prompted(clf: ZeroShot, template: str) -> ZeroShot:
     if not template:
         return clf
     made = ZeroShot.build(clf.vlm, clf.class_names, [template], merge_duplicates=False)
-    return replace(made, label_map=clf.label_map)
+    return replace(made, label_map=clf.label_map, scale=clf.scale)
 
 
 def renormalised(vlm: VLM, mean: Tensor, std: Tensor) -> VLM:
@@ -143,7 +143,7 @@ def finetuned(clf: ZeroShot, state: State, mix_alpha: float = 1.0) -> ZeroShot:
         new = renormalised(new, state[MEAN], state[STD])
     if any(k.startswith("text.") for k in weights):
         made = ZeroShot.build(new, clf.class_names, clf.templates, merge_duplicates=False)
-        return replace(made, label_map=clf.label_map)
+        return replace(made, label_map=clf.label_map, scale=clf.scale)
     return clf.with_vlm(new)
 
 
