@@ -14,6 +14,7 @@ BACKENDS: dict[str, str] = {
     "tiny": "ironclip.models.tiny:load_tiny",
     "hf": "ironclip.models.hf:load_hf",
     "open_clip": "ironclip.models.open_clip:load_open_clip",
+    "conv4": "ironclip.models.conv4:load_conv4",
 }
 
 
@@ -21,7 +22,8 @@ def load(spec: str, *, device: str = "cpu", precision: str = "fp32") -> VLM:
     """A frozen model in eval mode from ``backend`` or ``backend:rest``. Raises ValueError for an unknown backend."""
     backend, _, rest = spec.strip().partition(":")
     if backend not in BACKENDS:
-        raise ValueError(unknown("model", spec, ["lite", "lite:conse", "tiny", "hf:NAME", "open_clip:NAME"]))
+        names = ["lite", "lite:conse", "tiny", "hf:NAME", "open_clip:NAME", "conv4:MODEL"]
+        raise ValueError(unknown("model", spec, names))
     module, function = BACKENDS[backend].split(":")
     build = getattr(importlib.import_module(module), function)
     with torch.random.fork_rng(devices=[]):  # modules draw initial weights before the real ones replace them
