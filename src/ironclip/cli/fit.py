@@ -30,6 +30,7 @@ def fit(
     limit: o.Limit = None,
     seed: o.Seed = 0,
     device: o.Device = "cpu",
+    devices: Annotated[int, typer.Option("--devices", help="processes that share each batch")] = 1,
     prompts: o.Prompts = None,
     skip_bad: o.SkipBad = False,
     half: Annotated[bool, typer.Option("--half", help="store the state as float16")] = False,
@@ -54,8 +55,11 @@ def fit(
     with Steps("fit") as bar:
         manifest = fit_defense(
             defense, vlm, data, out,
-            device=device, half=half, resume=resume, licence=licence, command=command, progress=bar, **shared,
+            device=device, devices=devices, half=half, resume=resume, licence=licence, command=command, progress=bar,
+            **shared,
         )  # fmt: skip
+    if not manifest:  # a process that only helped
+        return 0
     if as_json:
         print(json.dumps(manifest))
         return 0

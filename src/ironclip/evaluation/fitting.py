@@ -24,6 +24,7 @@ from ironclip.models import load
 from ironclip.registry import DEFENSES, build_defense
 from ironclip.training.estimate import estimate
 from ironclip.training.finetune import Session
+from ironclip.training.team import gather
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 
@@ -40,6 +41,7 @@ def fit_defense(
     prompts: str | None = None,
     skip_bad: bool = False,
     device: str = "cpu",
+    devices: int = 1,
     half: bool = False,
     resume: bool = True,
     licence: str = "",
@@ -49,8 +51,14 @@ def fit_defense(
     """Fit, write ``out/NAME.safetensors`` and ``out/NAME.json``, return the manifest. ``out/NAME.run`` keeps the run.
 
     ``data``: specs of training sets, comma separated; several are joined. ``changes``: fields of the recipe's loop.
-    ``half``: store tensors as float16. Raises ValueError for bad input before anything is written.
+    ``half``: store tensors as float16. ``devices``: processes of this very command that share each batch (extra
+    ``distributed``); all but the first return an empty dictionary. Raises ValueError for bad input before anything is
+    written.
     """
+    if devices < 1:
+        raise ValueError(f"devices must be 1 or more, got {devices}")
+    team = gather(devices, "cpu" if device == "cpu" else "auto")
+    device = device if team.fabric is None else str(team.fabric.device)
     defense, model, source, clf = prepared(spec, vlm, data, limit, seed, prompts, skip_bad, device)
     name, options = defense.info.name, {}
     loop = loop_of(defense, changes)
@@ -59,8 +67,12 @@ def fit_defense(
     if target.exists() and resume and not (folder / "run.json").exists():
         raise ValueError(f"{target} exists already and was made elsewhere; name another --out, or write --no-resume")
     if "session" in takes:
-        options["session"] = Session(folder, resume, progress)
+        options["session"] = Session(folder, resume, progress, team)
+    elif devices > 1:
+        raise ValueError(f"{name} is fitted by one process; leave --devices out")
     state = defense.fit(clf, source, loop=loop, seed=seed, **options)
+    if not team.leads:
+        return {}
     write_state(target, state, half)
     manifest = {
         "defense": name,

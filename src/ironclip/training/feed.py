@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Protocol
@@ -15,10 +15,14 @@ from ironclip.core.loop import Loop
 from ironclip.core.rng import SampleRNG
 from ironclip.core.zeroshot import ZeroShot
 from ironclip.training.batches import order
+from ironclip.training.team import Team
 
 
 class Source(Protocol):
-    """Training images: any data set of this library, or several through ``ironclip.data.joined``."""
+    """Training images: any data set of this library, or several through ``ironclip.data.joined``.
+
+    A source of something else, such as stored features, has ``check(x)`` too, which refuses what cannot be used.
+    """
 
     @property
     def name(self) -> str: ...
@@ -66,9 +70,12 @@ class Feed:
     Raises ValueError for an empty or one-class set where ``labels`` matter, other image sizes, names that do not fit.
     """
 
-    def __init__(self, clf: ZeroShot, data: Source, loop: Loop, seed: int, labels: bool = True) -> None:
+    def __init__(
+        self, clf: ZeroShot, data: Source, loop: Loop, seed: int, labels: bool = True, team: Team | None = None
+    ) -> None:
         self.clf, self.data, self.loop, self.seed = clf, data, loop, seed
         self.memory: dict[str, Tensor] = {}
+        self.team = team or Team()
         n = len(data)
         if n < 1:
             raise ValueError(f"{data.name} is empty; training needs images")
@@ -85,11 +92,11 @@ class Feed:
         self.rows = [i for i in range(n) if i not in out]
 
     def parts(self, step: int) -> Iterator[Batch]:
-        """The ``loop.accumulate`` parts of a step's batch."""
+        """The ``loop.accumulate`` parts of a step's batch, of each this process's share."""
         at = order(self.seed, step, self.loop.batch_size, len(self.rows))
         size = self.loop.batch_size // self.loop.accumulate
         for start in range(0, len(at), size):
-            yield self.batch([self.rows[i] for i in at[start : start + size]], step)
+            yield self.batch(self.team.share([self.rows[i] for i in at[start : start + size]]), step)
 
     def validation(self) -> Iterator[Batch]:
         """The held-out images, the same streams each time."""
@@ -101,7 +108,8 @@ class Feed:
         """Read, check and name some images."""
         x, y, ids = next(iter(self.data.batches(len(places), places)))
         device, size = self.clf.vlm.device, self.clf.vlm.image_size
-        check_images(x, size)
+        check: Callable[[Tensor], None] | None = getattr(self.data, "check", None)
+        check_images(x, size) if check is None else check(x)
         x, rng = x.to(device), SampleRNG.of(self.seed, ids).fold("fit").at(step + 1)
         if self.labels:
             check_labels(y, len(places), len(self.clf.label_map))

@@ -17,6 +17,7 @@ from ironclip.core.types import State
 from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
 from ironclip.training.feed import Batch, Source
+from ironclip.training.team import Team
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 
@@ -68,12 +69,14 @@ class Plan:
 class Session:
     """Where a run lives and who watches. ``folder``: settings, metrics and checkpoints; None keeps nothing on disk.
 
-    ``progress(step, steps, metrics)`` is called after each step.
+    ``progress(step, steps, metrics)`` is called after each step. ``team``: processes that share the run; only the first
+    writes and reports.
     """
 
     folder: Path | None = None
     resume: bool = True
     progress: Progress | None = None
+    team: Team = field(default_factory=Team)
 
 
 def finetune(
@@ -89,7 +92,7 @@ def finetune(
     from ironclip.training.student import Student
 
     session = session or Session()
-    run = Student(plan, data, loop, seed)
+    run = Student(plan, data, loop, seed, session.team)
     done = run.begin(session.folder, recipe, session.resume)
     for step in range(done, loop.steps):
         if step == 0:
@@ -105,6 +108,6 @@ def finetune(
             run.log(metrics)
         if last or (step + 1) % loop.checkpoint_every == 0:
             run.save(step + 1)
-        if session.progress is not None:
+        if session.progress is not None and session.team.leads:
             session.progress(step + 1, loop.steps, metrics)
     return {**run.state(), **plan.marks}

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ironclip.core.loop import Loop
 from ironclip.core.types import State, prediction
-from ironclip.training.checkpoint import Checkpoint
+from ironclip.training.checkpoint import Checkpoint, load_checkpoint
 from ironclip.training.feed import Batch, Feed, Source
 from ironclip.training.finetune import Plan
-from ironclip.training.journal import Journal
+from ironclip.training.journal import CHECKPOINTS, Journal
 from ironclip.training.select import changed, frozen, student_of, with_extra
+from ironclip.training.team import Team
 
 WINDOW = 20
 _MEMORY = "memory.safetensors"
@@ -30,9 +31,9 @@ _MEMORY = "memory.safetensors"
 class Student:
     """The state of a run. ``trouble``: why the last step was not made, empty if it was."""
 
-    def __init__(self, plan: Plan, data: Source, loop: Loop, seed: int) -> None:
-        self.plan, self.data, self.loop, self.seed = plan, data, loop, seed
-        self.feed = Feed(plan.clf, data, loop, seed, plan.labels)
+    def __init__(self, plan: Plan, data: Source, loop: Loop, seed: int, team: Team | None = None) -> None:
+        self.plan, self.data, self.loop, self.seed, self.team = plan, data, loop, seed, team or Team()
+        self.feed = Feed(plan.clf, data, loop, seed, plan.labels, self.team)
         self.vlm, self.chosen = student_of(plan.clf.vlm, plan.towers, loop, seed)
         self.chosen |= with_extra(self.vlm, plan.extra)
         self.training = self.vlm.under_autocast(loop.precision)
@@ -46,11 +47,14 @@ class Student:
 
     def begin(self, folder: Path | None, recipe: str, resume: bool) -> int:
         """Take up the run in the folder, or start one; returns the steps already done."""
-        if folder is not None:
+        if folder is not None and self.team.leads:
             if not resume:
                 (folder / _MEMORY).unlink(missing_ok=True)
             self.journal = Journal(folder, self.settings(recipe), resume)
             self.good = self.journal.begin()
+        self.team.wait()
+        if folder is not None and not self.team.leads:
+            self.good = load_checkpoint(folder / CHECKPOINTS)
         if self.good is not None:
             self._restore(self.good)
         self._remember(folder)
@@ -84,7 +88,7 @@ class Student:
             with torch.no_grad():
                 found.append({k: v.float().cpu() for k, v in self.plan.recall(batch).items()})
         memory = {k: torch.cat([f[k] for f in found]) for k in found[0]}
-        if path is not None:
+        if path is not None and self.team.leads:
             aside = path.with_suffix(".part")
             save_file(memory, aside)
             os.replace(aside, path)
@@ -118,6 +122,8 @@ class Student:
             (loss * share).backward()
             total += float(loss.detach()) * share
             _add(named, figures, share)
+        summed = self.team.add_up(self.chosen.values(), {"loss": total, **{f"of {k}": v for k, v in named.items()}})
+        total, named = summed.pop("loss"), {k.removeprefix("of "): v for k, v in summed.items()}
         norm = float(torch.nn.utils.clip_grad_norm_(self.chosen.values(), self.loop.clip_norm or math.inf))
         self.losses = [*self.losses[:WINDOW], *[*self.losses[WINDOW:], total][-WINDOW:]]
         self.trouble = self._judge(total, norm)
