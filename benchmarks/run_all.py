@@ -12,6 +12,7 @@ RUNS = (
     ("pgd.py", "--vlm", "tiny"),
     ("matrix.py",),
     ("memory.py",),
+    ("prompts.py", "--images", "8"),
 )
 
 
