@@ -248,3 +248,25 @@ def how_to_get(row: NamedSet) -> str:
     if row.hub:
         ways.append(f"load it once as hub:{row.name} while online ({row.hub})")
     return "; or ".join(ways)
+
+
+IMAGES = {
+    "caltech101": 8677,
+    "pets": 3669,
+    "flowers102": 6149,
+    "aircraft": 3333,
+    "cars": 8041,
+    "sun397": 108754,
+    "food101": 25250,
+    "eurosat": 27000,
+    "dtd": 1880,
+    "cifar10": 10000,
+    "cifar100": 10000,
+    "stl10": 8000,
+    "imagenet": 50000,
+    "pcam": 32768,
+    "country211": 21100,
+    "caltech256": 30607,
+    "tinyimagenet": 10000,
+}
+"""Images of the evaluation split in torchvision's layout, so that a run can be planned before the data is here."""

@@ -36,18 +36,7 @@ def run_adaptive(
     """
     plans = plan(block, entry, eps, norm, threat)
     members = [p.member for p in plans]
-    c = cell(
-        block,
-        entry,
-        threat,
-        eps=f"{eps.numerator}/{eps.denominator}",
-        norm=norm,
-        budget=asdict(block.budget),
-        members=[p.key() for p in plans],
-        transfer=sorted(full_text(a) for a in attacks),
-        relatives=[r.vlm.weights_hash for r in block.relatives],
-        precision=block.precision,
-    )
+    c = adaptive_cell(block, entry, attacks, eps, norm, threat, plans)
     clean = clean_rows(block, entry)
     static = [rows_by_id(block, run_static(block, entry, a)) for a in attacks] if threat == "adaptive" else []
     defended = entry.defense.apply(block.clf, entry.state)
@@ -73,6 +62,24 @@ def run_adaptive(
 
     fill(block, entry, c, rows, weight=weight(), members=members, facts=facts)
     return c
+
+
+def adaptive_cell(
+    block: Block, entry: Entry, attacks: list[Attack], eps: Fraction, norm: str, threat: str, plans: list[Plan]
+) -> Cell:
+    """The cell of a composition."""
+    return cell(
+        block,
+        entry,
+        threat,
+        eps=f"{eps.numerator}/{eps.denominator}",
+        norm=norm,
+        budget=asdict(block.budget),
+        members=[p.key() for p in plans],
+        transfer=sorted(full_text(a) for a in attacks),
+        relatives=[r.vlm.weights_hash for r in block.relatives],
+        precision=block.precision,
+    )
 
 
 def examples_of(block: Block, entry: Entry, plans: list[Plan]) -> list[str]:

@@ -67,13 +67,17 @@ def run_clean(block: Block, entry: Entry) -> Cell:
     return c
 
 
+def static_cell(block: Block, entry: Entry, attack: Attack, threat: str = "static") -> Cell:
+    """The static or graybox cell of an attack."""
+    rev = getattr(attack, "revision", 0)
+    return cell(block, entry, threat, attack=full_text(attack), rev=rev, precision=block.precision)
+
+
 def run_static(block: Block, entry: Entry, attack: Attack, threat: str = "static") -> Cell:
     """The defense's answers to examples made for the undefended model, or for its fitted weights (graybox)."""
     target = block.clf if threat == "static" else fitted(entry.defense.info, entry.defense, block.clf, entry.state)
     fast = block.fast if threat == "static" else fitted(entry.defense.info, entry.defense, block.fast, entry.state)
-    c = cell(
-        block, entry, threat, attack=full_text(attack), rev=getattr(attack, "revision", 0), precision=block.precision
-    )
+    c = static_cell(block, entry, attack, threat)
     clean = clean_rows(block, entry)
     defended = entry.defense.apply(block.clf, entry.state)
     examples = block.store.adversarial(block.adv_fields(target, attack))

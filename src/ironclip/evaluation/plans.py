@@ -42,8 +42,10 @@ class Plan:
         return [self.member.name, self.member.view, self.spec, self.member.beta, self.draws]
 
 
-def plan(block: Block, entry: Entry, eps: Fraction, norm: str, threat: str = "adaptive") -> list[Plan]:
-    """The composition of a defense under the block's budget, in the order in which it runs."""
+def plan(
+    block: Block, entry: Entry, eps: Fraction, norm: str, threat: str = "adaptive", look: bool = True
+) -> list[Plan]:
+    """The composition of a defense under the block's budget, in the order in which it runs; ``look`` as below."""
     out = []
     for member in composition(entry.defense, block.budget, threat, norm, bool(block.relatives)):
         if member.view == "static":
@@ -52,18 +54,20 @@ def plan(block: Block, entry: Entry, eps: Fraction, norm: str, threat: str = "ad
         view = attack_view(entry.defense, block.fast, entry.state, member, block.relatives)
         if member.attack == "feature" and not has_features(view):
             continue
-        draws, cosine = draws_for(block, entry, member, view)
+        draws, cosine = draws_for(block, entry, member, view, look)
         shown = view if member.view == "base" else eot(view, draws)
         out.append(Plan(member, shown, member.spec(eps, norm, block.budget, draws), draws, cosine))
     return out
 
 
-def draws_for(block: Block, entry: Entry, member: Member, view: Classifier) -> tuple[int, float | None]:
+def draws_for(
+    block: Block, entry: Entry, member: Member, view: Classifier, look: bool = True
+) -> tuple[int, float | None]:
     """How many draws a gradient through ``view`` needs: the fewest of 1, 5, 20, 50 at which two independent estimates
     have a cosine above 0.5 (mean over the block's first 4 images), at most ``budget.eot``.
 
     One draw where nothing is random or the member asks for one. The answer is stored, and is part of the cell's key.
-    Budgets without probes do not look; they take ``budget.eot``.
+    Budgets without probes do not look; they take ``budget.eot``, as does ``look=False`` where nobody has looked yet.
     """
     if not member.eot or not base_of(view, "randomized"):
         return 1, None
@@ -82,6 +86,8 @@ def draws_for(block: Block, entry: Entry, member: Member, view: Classifier) -> t
         )
     )
     found: list[Any] | None = block.store.get_json("draws", key)
+    if found is None and not look:
+        return most, None
     if found is None:
         x, y, ids = next(iter(block.data.batches(LOOK, list(range(min(LOOK, len(block.data)))))))
         x, y = x.to(block.device), block.clf.labels(y.to(block.device))

@@ -238,16 +238,16 @@ def _relative(job: Job, store: Store, spec: Any, model: VLM, data: Dataset) -> Z
     return classifier(store, other.in_space(space), data, job.merge_duplicates)
 
 
-def _block(
-    job: Job, model: VLM, store: Store, data: Dataset, progress: Progress, shard: tuple[int, int], command: str
-) -> dict[str, Any]:
+def blocks_of(
+    job: Job, model: VLM, store: Store, data: Dataset, progress: Progress, shard: tuple[int, int] = (0, 1)
+) -> tuple[Block, Block]:
+    """A model on a data set: the block of static and graybox cells, and that of adaptive and blackbox ones."""
     clf = classifier(store, model, data, job.merge_duplicates)
-    fast = clf.with_vlm(model.at_precision(job.precision))
     whole = Block(
         vlm=model,
         data=data,
         clf=clf,
-        fast=fast,
+        fast=clf.with_vlm(model.at_precision(job.precision)),
         store=store,
         budget=job.budget,
         seed=job.seed,
@@ -259,9 +259,23 @@ def _block(
         relatives=tuple(_relative(job, store, r, model, data) for r in job.relatives),
     )
     few = whole if job.adaptive_limit is None else replace(whole, data=data.subset(job.adaptive_limit, job.seed))
+    return whole, few
+
+
+def budgets_of(attacks: Sequence[Any]) -> dict[tuple[Fraction, str], list[Any]]:
+    """The static attacks by (eps, norm): each is one adaptive composition."""
+    out: dict[tuple[Fraction, str], list[Any]] = {}
+    for a in attacks:
+        out.setdefault((a.eps, getattr(a, "norm", "linf")), []).append(a)
+    return out
+
+
+def _block(
+    job: Job, model: VLM, store: Store, data: Dataset, progress: Progress, shard: tuple[int, int], command: str
+) -> dict[str, Any]:
+    whole, few = blocks_of(job, model, store, data, progress, shard)
     attacks = [build_attack(a) for a in job.attacks]
-    entries, absent = applicable(job, clf, data.name)
-    budgets = {(a.eps, getattr(a, "norm", "linf")): None for a in attacks}  # type: ignore[attr-defined]
+    entries, absent = applicable(job, whole.clf, data.name)
     done: list[tuple[Cell, Entry, Block]] = []
     errors: list[dict[str, Any]] = []
 
@@ -291,8 +305,7 @@ def _block(
                 attempt(whole, e, "static", full_text(a), lambda e=e, a=a: run_static(whole, e, a))  # type: ignore[misc]
             if "graybox" in job.threat and hasattr(e.defense, "fitted"):
                 attempt(whole, e, "graybox", full_text(a), lambda e=e, a=a: run_static(whole, e, a, "graybox"))  # type: ignore[misc]
-        for eps, norm in budgets:
-            same = [a for a in attacks if (a.eps, getattr(a, "norm", "linf")) == (eps, norm)]  # type: ignore[attr-defined]
+        for (eps, norm), same in budgets_of(attacks).items():
             for threat in ("adaptive", "blackbox"):
                 if threat in job.threat:
                     attempt(
