@@ -64,6 +64,7 @@ DEFENSES: dict[str, str] = {
     "tapt": "ironclip.defenses.tapt:TAPT",
     "tecoa": "ironclip.defenses.tecoa:TeCoA",
     "apt": "ironclip.defenses.apt:APT",
+    "advpt": "ironclip.defenses.advpt:AdvPT",
     "tga_zsr": "ironclip.defenses.tga_zsr:TGAZSR",
     "laat": "ironclip.defenses.laat:LAAT",
     "fare": "ironclip.defenses.fare:FARE",

@@ -81,6 +81,8 @@ ROWS = (
     Row("tecoa(preset=reference)", fit=few_steps, ranged=False),
     Row("APT(tokens=4, attack=perturbed, position=middle)", fit=few_steps, ranged=False, models=("tiny",)),
     Row("apt(preset=reference, context=class_specific)", fit=few_steps, ranged=False, models=("tiny",)),
+    Row("AdvPT(eps=(1/255, 8/255), steps=2)", fit=few_steps, ranged=False, models=("tiny",)),
+    Row("advpt(preset=reference, tokens=8)", fit=few_steps, ranged=False, models=("tiny",)),
     Row("tga_zsr", fit=few_steps, ranged=False),
     Row("tga_zsr(preset=reference)", fit=few_steps, ranged=False),
     Row("laat", fit=few_steps, ranged=False),
