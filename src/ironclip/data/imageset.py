@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
@@ -74,8 +75,38 @@ class ImageSet:
             return self
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise ValueError(f"limit must be a whole number of samples, 1 or more, got {n!r}")
+        return self.take(self._hashed(seed)[:n])
+
+    def shots(self: Self, n: int, seed: int = 0) -> Self:
+        """The first `n` samples of every class in the order of `subset`, hence shots(4) lie among shots(16).
+
+        Classes of which the set shows nothing stay classes, which is said in a warning. Raises ValueError where a class
+        has fewer than `n`; it is named.
+        """
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"shots must be a whole number of samples a class, 1 or more, got {n!r}")
+        places: list[list[int]] = [[] for _ in self.class_names]
+        for i in self._hashed(seed):
+            places[self.labels[i]].append(i)
+        found = [(len(p), name) for p, name in zip(places, self.class_names, strict=True)]
+        short = [c for c in found if 0 < c[0] < n]
+        if short:
+            least, name = min(short)
+            raise ValueError(
+                f"{self.name} has fewer than {n} images of {len(short)} of its {len(found)} classes, of {name!r} only "
+                f"{least}; write at most --shots {least}"
+            )
+        empty = [name for count, name in found if not count]
+        if empty:
+            shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+            warnings.warn(f"{self.name} has no image of {len(empty)} classes: {shown}", stacklevel=2)
+        kept = {i for p in places for i in p[:n]}
+        return self.take([i for i in self._hashed(seed) if i in kept])
+
+    def _hashed(self, seed: int) -> list[int]:
+        """Places in the order of SHA-256(seed, name, sample id)."""
         key = [hashlib.sha256(f"{seed}\n{self.name}\n{s}".encode()).digest() for s in self.ids]
-        return self.take(sorted(range(len(self)), key=key.__getitem__)[:n])
+        return sorted(range(len(self)), key=key.__getitem__)
 
     def take(self: Self, positions: Sequence[int]) -> Self:
         """The samples at `positions`, in that order."""

@@ -138,7 +138,7 @@ class AdvPT(LearnedPrompt):
         with frozen(trainable(clf.vlm)):
             rows = build_rows(clf, source, budgets, self.steps, self.alphas, self.start, score, seed)
         made = bank_of(rows, source, facts)
-        if path is not None:
+        if path is not None and session is not None and session.team.leads:
             made.save(path)
         return made
 
