@@ -28,6 +28,7 @@ def fit(
     precision: Annotated[str | None, typer.Option("--precision", help="of the training pass: fp32 or bf16")] = None,
     loop: Annotated[str, typer.Option("--loop", help="other fields of the loop: 'ema=0.99, clip_norm=1'")] = "",
     limit: o.Limit = None,
+    shots: Annotated[int | None, typer.Option("--shots", help="images of each class instead (nested)")] = None,
     seed: o.Seed = 0,
     device: o.Device = "cpu",
     devices: Annotated[int, typer.Option("--devices", help="processes that share each batch")] = 1,
@@ -46,7 +47,8 @@ def fit(
         "steps": steps, "batch_size": batch_size, "lr": lr, "train": train, "precision": precision
     }  # fmt: skip
     changes = {**more_of(loop), **{k: v for k, v in given.items() if v is not None}}
-    shared: Any = {"changes": changes, "seed": seed, "limit": limit, "prompts": prompts, "skip_bad": skip_bad}
+    shared: Any = {"changes": changes, "seed": seed, "limit": limit, "shots": shots}
+    shared |= {"prompts": prompts, "skip_bad": skip_bad}
     if dry_run:
         told = estimate_fit(defense, vlm, data, device=device, **shared)
         print(json.dumps(told) if as_json else cost_text(told))

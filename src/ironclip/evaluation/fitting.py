@@ -38,6 +38,7 @@ def fit_defense(
     changes: Mapping[str, Any] | None = None,
     seed: int = 0,
     limit: int | None = None,
+    shots: int | None = None,
     prompts: str | None = None,
     skip_bad: bool = False,
     device: str = "cpu",
@@ -51,6 +52,7 @@ def fit_defense(
     """Fit, write ``out/NAME.safetensors`` and ``out/NAME.json``, return the manifest. ``out/NAME.run`` keeps the run.
 
     ``data``: specs of training sets, comma separated; several are joined. ``changes``: fields of the recipe's loop.
+    ``limit``: images of each set that are used; ``shots``: of each of its classes instead.
     ``half``: store tensors as float16. ``devices``: processes of this very command that share each batch (extra
     ``distributed``); all but the first return an empty dictionary. Raises ValueError for bad input before anything is
     written.
@@ -59,7 +61,7 @@ def fit_defense(
         raise ValueError(f"devices must be 1 or more, got {devices}")
     team = gather(devices, "cpu" if device == "cpu" else "auto")
     device = device if team.fabric is None else str(team.fabric.device)
-    defense, model, source, clf = prepared(spec, vlm, data, limit, seed, prompts, skip_bad, device)
+    defense, model, source, clf = prepared(spec, vlm, data, limit, seed, prompts, skip_bad, device, shots)
     name, options = defense.info.name, {}
     loop = loop_of(defense, changes)
     takes = inspect.signature(defense.fit).parameters
@@ -79,7 +81,7 @@ def fit_defense(
         "recipe": full_text(defense),
         "vlm": model.name,
         "weights": model.weights_hash,
-        "data": [{"name": s, "limit": limit} for s in split_list(data)],
+        "data": [{"name": s, "limit": limit} | ({"shots": shots} if shots else {}) for s in split_list(data)],
         "images": len(source),
         "manifest_hash": source.manifest_hash,
         "classes": len(set(source.class_names)),
@@ -105,10 +107,10 @@ def estimate_fit(
     spec: Any, vlm: str | VLM, data: str, *, changes: Mapping[str, Any] | None = None, seed: int = 0, **options: Any
 ) -> dict[str, Any]:
     """Seconds, passes and bytes that ``fit_defense`` would take; nothing is written. Raises ValueError."""
-    names = ("limit", "prompts", "skip_bad", "device")
-    defaults: dict[str, Any] = {"limit": None, "prompts": None, "skip_bad": False, "device": "cpu"}
-    limit, prompts, skip_bad, device = ({**defaults, **options}[n] for n in names)
-    defense, _, source, clf = prepared(spec, vlm, data, limit, seed, prompts, skip_bad, device)
+    names = ("limit", "prompts", "skip_bad", "device", "shots")
+    defaults: dict[str, Any] = {"limit": None, "prompts": None, "skip_bad": False, "device": "cpu", "shots": None}
+    limit, prompts, skip_bad, device, shots = ({**defaults, **options}[n] for n in names)
+    defense, _, source, clf = prepared(spec, vlm, data, limit, seed, prompts, skip_bad, device, shots)
     if not hasattr(defense, "plan"):
         raise ValueError(f"{defense.info.name} is not trained step by step: there is nothing to estimate")
     loop = loop_of(defense, changes)
@@ -116,19 +118,23 @@ def estimate_fit(
 
 
 def prepared(
-    spec: Any, vlm: str | VLM, data: str, limit: int | None, seed: int, prompts: str | None, skip_bad: bool, device: str
-) -> tuple[Any, VLM, Any, ZeroShot]:
+    spec: Any, vlm: str | VLM, data: str, limit: int | None, seed: int, prompts: str | None, skip_bad: bool,
+    device: str, shots: int | None = None,
+) -> tuple[Any, VLM, Any, ZeroShot]:  # fmt: skip
     """Defense, model, joined training data and their classifier. Raises ValueError."""
     defense: Any = build_defense(spec)
     if not hasattr(defense, "fit"):
         able = sorted(n for n in DEFENSES if hasattr(build_defense(n), "fit"))
         raise ValueError(f"{defense.info.name} learns nothing; fit takes {', '.join(able)}")
+    if limit is not None and shots is not None:
+        raise ValueError(f"--limit {limit} and --shots {shots} both choose the images; give one")
     specs = split_list(data)
     if not specs:
         raise ValueError("data names no training set; write --data shapes:train or --data folder:PATH/train")
     model = vlm if isinstance(vlm, VLM) else load(vlm, device=device)
     options: Any = {"prompts": prompts, "limit": limit, "seed": seed, "skip_bad": skip_bad}
-    source = joined([load_data(s, model.image_size, **options) for s in specs])
+    sets = [load_data(s, model.image_size, **options) for s in specs]
+    source = joined(sets if shots is None else [s.shots(shots, seed) for s in sets])
     if getattr(defense, "LABELS", True):
         clf = ZeroShot.build(model, source.class_names, source.templates)
     else:  # a method that reads no labels needs no text either
