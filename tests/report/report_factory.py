@@ -122,6 +122,7 @@ def results(*parts: dict[str, list[dict[str, Any]]], **more: Any) -> dict[str, A
         "worst": [w for p in parts for w in p["worst"]],
         "pairs": [],
         "errors": [],
+        "not_applicable": [],
         "gallery": [],
     }
     return {**full, **more}

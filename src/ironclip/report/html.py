@@ -15,6 +15,7 @@ from ironclip.report import charts
 from ironclip.report.flags import FATAL, FLAGS, explain
 from ironclip.report.lines import THREATS, Block
 from ironclip.report.pairs import matrices
+from ironclip.report.published import HEADS, beside, sources
 from ironclip.report.summary import Results, blocks, budget_text, check, eps_value, row_score
 from ironclip.report.write import write_text
 
@@ -70,6 +71,9 @@ def render(results: Results, gallery_bytes: int = GALLERY_BYTES) -> str:
         fatal=FATAL,
         others=[(n, f) for n, f in FLAGS.items() if n not in set(raised)],
         recipe=recipe(full["rows"]),
+        published=(known := beside(full)),
+        published_heads=HEADS,
+        published_sources=sources(known),
         style=(here / "page.css").read_text(encoding="utf-8"),
         script=(here / "page.js").read_text(encoding="utf-8"),
         vega=charts.javascript() if figures else "",

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from ironclip.report.flags import FATAL
 from ironclip.report.lines import Block, Line, Order, Score
+from ironclip.report.published import HEADS, TITLE, beside, sources
 from ironclip.report.summary import Results, blocks, check
 
 _MIN = {"defense": 13, "flags": 13}  # columns a narrow terminal may squeeze, and how far
@@ -68,6 +69,7 @@ def terminal(results: Results, order: Order = "R*") -> list[RenderableType]:
             believed = line.adaptive.value is not None and not line.adaptive.unreliable
             table.add_row(*(_rich(name, get(line), line) for name, get in cells), style="" if believed else "dim")
         parts += [table, *(Text(f"  {fact}", style="dim") for fact in _caption(block)), Text()]
+    parts += _published(full)
     if not full["rows"]:
         parts.append(Text("no results: every cell failed or none was run"))
     for e in full["errors"]:
@@ -75,6 +77,19 @@ def terminal(results: Results, order: Order = "R*") -> list[RenderableType]:
         parts.append(Text.assemble(("failed: ", "bold red"), f"{where}: {e.get('error', '')}"))
     parts += [Text(f"note: {note}") for note in full["notes"]]
     return parts
+
+
+def _published(full: Results) -> list[RenderableType]:
+    """The published figures beside ours, nothing where there are none."""
+    known = beside(full)
+    if not known:
+        return []
+    table = Table(title=Text(TITLE, style="bold"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(HEADS):
+        table.add_column(Text(name.replace(" ", "\n")), justify="left" if i < 3 else "right", overflow="fold")
+    for b in known:
+        table.add_row(*(Text(c.replace(" [", "\n[")) for c in b.cells))
+    return [table, *(Text(f"  {fact}", style="dim") for fact in sources(known)), Text()]
 
 
 def markdown(results: Results, order: Order = "R*") -> str:
@@ -87,6 +102,10 @@ def markdown(results: Results, order: Order = "R*") -> str:
         out.append(_md_row("---" if n in ("defense", "paradigm", "flags") else "---:" for n, _ in cells))
         out += [_md_row(_md(_plain(n, get(line), line)) for n, get in cells) for line in block.lines]
         out += ["", *(f"- {_md(fact)}" for fact in _caption(block)), ""]
+    if known := beside(full):
+        out += [f"### {TITLE}", "", _md_row(HEADS), _md_row("---" if i < 3 else "---:" for i in range(len(HEADS)))]
+        out += [_md_row(map(_md, b.cells)) for b in known]
+        out += ["", *(f"- {_md(fact)}" for fact in sources(known)), ""]
     if not full["rows"]:
         out += ["No results.", ""]
     out += [f"> {_md(note)}" for note in full["notes"]]
@@ -108,6 +127,12 @@ def latex(results: Results, order: Order = "R*") -> str:
         out += [r"\resizebox{\linewidth}{!}{%", rf"\begin{{tabular}}{{{align}}}", r"\toprule"]
         out += [" & ".join(_tex_head(n) for n, _ in cells) + r" \\", r"\midrule"]
         out += [" & ".join(_tex_cell(get(line), line) for _, get in cells) + r" \\" for line in block.lines]
+        out += [r"\bottomrule", r"\end{tabular}}", r"\end{table}", ""]
+    if known := beside(full):
+        out += [r"\begin{table}[t]", r"\centering", rf"\caption{{{TITLE}. {_tex('; '.join(sources(known)))}}}"]
+        out += [r"\resizebox{\linewidth}{!}{%", rf"\begin{{tabular}}{{lll{'r' * (len(HEADS) - 3)}}}", r"\toprule"]
+        out += [" & ".join(map(_tex, HEADS)) + r" \\", r"\midrule"]
+        out += [" & ".join(map(_tex, b.cells)) + r" \\" for b in known]
         out += [r"\bottomrule", r"\end{tabular}}", r"\end{table}", ""]
     return "\n".join(out).rstrip() + "\n"
 
