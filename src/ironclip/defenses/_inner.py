@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,37 @@ def inner_gradient(objective: Callable[[Tensor], Tensor], at: Tensor, keep: bool
         leaf = at.detach().clone().requires_grad_(True)
         (grad,) = torch.autograd.grad(objective(leaf).sum(), leaf)
     return grad
+
+
+class _Again(torch.autograd.Function):
+    """Forward without a graph; backward runs the step once more and differentiates that."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        ctx.step = step
+        ctx.save_for_backward(*inputs)
+        return step(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        with torch.enable_grad():
+            leaves = [
+                v.detach().requires_grad_(need)
+                for v, need in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+            ]
+            wanted = [v for v in leaves if v.requires_grad]
+            made = iter(torch.autograd.grad(ctx.step(*leaves), wanted, grad, allow_unused=True))
+        return None, *(next(made) if v.requires_grad else None for v in leaves)
+
+
+def checkpointed(step: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``step(*inputs)`` that keeps its inputs alone until backward, where it is computed again.
+
+    For the steps of an unrolled ascent: memory holds one step's graph of second order at a time, however many there
+    are. ``step`` must not draw random numbers, and gradients reach nothing but its ``inputs``.
+    """
+    out: Tensor = _Again.apply(step, *inputs)
+    return out
 
 
 def forwarded(value: Tensor, backward: Tensor) -> Tensor:
@@ -60,19 +92,24 @@ def counterattack(
     if unrolled:
         with second_order():
             clean = vlm.encode_image(x, normalize=False)
-    start = x if unrolled else x.detach()
     delta = boxed(x, noise) - x
     total = weights[0] * delta
 
-    def distance(d: Tensor) -> Tensor:
-        return (vlm.encode_image(start + d, normalize=False) - clean).square().sum(dim=1)
+    def advance(delta: Tensor, x: Tensor, clean: Tensor) -> Tensor:
+        keep = unrolled and wants_graph(delta)
+        start = x if keep else x.detach()
 
-    for weight in weights[1:]:
-        grad = inner_gradient(distance, delta, keep=unrolled)
+        def distance(d: Tensor) -> Tensor:
+            return (vlm.encode_image(start + d, normalize=False) - clean).square().sum(dim=1)
+
+        grad = inner_gradient(distance, delta, keep)
         step = unit_step(grad, norm)
-        if unrolled and norm == "linf":
+        if keep and norm == "linf":
             size = grad.abs().flatten(1).mean(dim=1).clamp(min=1e-30).view(-1, 1, 1, 1)
             step = forwarded(step, torch.tanh((kappa or 1.0) * grad / size))
-        delta = boxed(x, project_delta(delta + alpha * step, eps, norm)) - x
+        return boxed(x, project_delta(delta + alpha * step, eps, norm)) - x
+
+    for weight in weights[1:]:
+        delta = checkpointed(advance, delta, x, clean) if unrolled else advance(delta, x, clean)
         total = total + weight * delta
     return x + total

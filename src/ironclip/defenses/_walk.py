@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ironclip.core.grad import wants_graph
-from ironclip.defenses._inner import boxed, forwarded, inner_gradient
+from ironclip.defenses._inner import boxed, checkpointed, forwarded, inner_gradient
 
 
 def sign_walk(
@@ -28,17 +28,21 @@ def sign_walk(
     """
     unrolled = wants_graph(x) and kappa is not None
     delta = torch.zeros_like(x)
-    for _ in range(steps):
-        grad = inner_gradient(objective, x + delta, keep=unrolled)
+
+    def advance(delta: Tensor, x: Tensor) -> Tensor:
+        keep = unrolled and wants_graph(x)
+        grad = inner_gradient(objective, x + delta, keep)
         step = grad.sign()
-        if unrolled:
+        if keep:
             size = grad.abs().flatten(1).mean(dim=1).clamp(min=1e-30).view(-1, 1, 1, 1)
             step = forwarded(step, torch.tanh((kappa or 1.0) * grad / size))
         delta = delta + alpha * step
         if eps is not None:
             delta = delta.clamp(-eps, eps)
-        if box:
-            delta = boxed(x, delta) - x
+        return boxed(x, delta) - x if box else delta
+
+    for _ in range(steps):
+        delta = checkpointed(advance, delta, x) if unrolled else advance(delta, x)
     return x + delta
 
 
