@@ -10,6 +10,8 @@ RUNS = (
     ("precision.py",),
     ("pgd.py", "--vlm", "lite"),
     ("pgd.py", "--vlm", "tiny"),
+    ("attacks.py", "--vlm", "tiny"),
+    ("attacks.py", "--vlm", "lite", "--images", "8", "--steps", "10", "--queries", "50"),
     ("matrix.py",),
     ("memory.py",),
     ("prompts.py", "--images", "8"),
