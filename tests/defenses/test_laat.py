@@ -45,7 +45,7 @@ def test_loss_by_hand(classes: int, align: float) -> None:
     """Orthonormal anchors, every feature at its own: ln(1 + (C - 1) / e) - 1."""
     clf = toy_clf(classes=CLASSES[:classes], dim=8)
     eye = torch.eye(8)[:classes]
-    method = LAAT(eps=0, anchors="text")
+    method = LAAT(eps=0, anchors="text", tau=1)
     plan = method.plan(clf.with_weights(eye), LOOP)
     batch = Feed(clf, image_set(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 1, 0]), list(clf.class_names)), LOOP, 0)
     batch = batch.batch([0, 1, 2, 3], 0)
@@ -58,14 +58,16 @@ def test_loss_by_hand(classes: int, align: float) -> None:
     assert float(figures["align"]) == pytest.approx(align, abs=1e-6)
     assert float(figures["smooth"]) == pytest.approx(-1)
     assert float(total) == pytest.approx(align - 1, abs=1e-6)
-    doubled, _ = LAAT(eps=0, anchors="text", smooth=2).plan(clf.with_weights(eye), LOOP).loss(
+    doubled, _ = LAAT(eps=0, anchors="text", tau=1, smooth=2).plan(clf.with_weights(eye), LOOP).loss(
         Perfect(), batch, batch.x  # type: ignore[arg-type]
     )  # fmt: skip
     assert float(doubled) == pytest.approx(align - 2, abs=1e-6)
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"smooth": 0.5, "tau": 0.2}, {"anchors": "text", "smooth": 0}], ids=["plain", "tau", "texts"]
+    "fields",
+    [{"tau": 1}, {"smooth": 0.5, "tau": 0.2}, {"anchors": "text", "tau": 1, "smooth": 0}],
+    ids=["plain", "tau", "texts"],
 )
 def test_training_equals_the_literal_transcription(problem: Any, fields: dict[str, Any]) -> None:
     clf, data = problem
@@ -100,7 +102,7 @@ def test_cost_of_a_step_is_the_minimum(problem: Any, steps: int, smooth: float) 
 def test_the_attack_raises_the_cross_entropy_with_anchors(problem: Any) -> None:
     """Not the smoothness, not the class weights; inside ball and box; no parameter gradient."""
     clf, data = problem
-    method = LAAT(eps="4/255", alpha="4/255", steps=1, start="zero")
+    method = LAAT(eps="4/255", alpha="4/255", steps=1, start="zero", tau=1)
     plan = method.plan(clf, LOOP)
     batch = Feed(clf, data, LOOP, 0).batch(list(range(6)), 0)
     adv = plan.attack(clf.vlm, batch)
@@ -222,7 +224,7 @@ def test_presets() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"tau": 0}, "tau must be positive, got 0.0; write 1, or 0.07 for a sharper softmax"),
+        ({"tau": 0}, "tau must be positive, got 0.0; write 0.07, or 1 as published"),
         ({"smooth": -1}, "smooth must not be negative, got -1.0; write 1"),
         ({"anchors": "wide"}, "unknown anchors 'wide'"),
         ({"eps": 8}, r"eps must be in \(0, 1\], got 8; write 8/255"),

@@ -7,9 +7,11 @@ zero-shot.
 
 Two settings. The published one trains an image network from nothing: ``preset=reference`` on a model such as
 ``conv4:tiny`` (``models/conv4.py``). Ours fine-tunes a pre-trained tower, with the budget of the other fine-tuning
-defenses. There features share a direction with the centre of the texts, and expanded anchors lie at different angles
-to it, which favours classes near the centre before training: step 0 of metrics.jsonl says how much it costs.
-``anchors=level`` puts all of them at right angles to the centre.
+defenses and temperature 0.07, an alternative that the code names: its attack is stronger, and in short runs on ``tiny``
+it kept 94 % of clean images where temperature 1 kept 66 %, at the same robust accuracy. Features of a pre-trained tower
+share a direction with the centre of the texts, and expanded anchors lie at different angles to it, which favours
+classes near the centre before training: step 0 of metrics.jsonl says how much it costs. ``anchors=level`` puts all of
+them at right angles to the centre.
 
 Where we differ from the published code, also in ``preset=reference``: the best epoch is not picked on test classes;
 attacked images pass the network once, not twice; batch norm keeps its statistics (``conv4`` has group norm instead);
@@ -17,7 +19,7 @@ parameters that were frozen stay frozen. The code's second drop of the learning 
 ``recipe=intended`` has it. Adversarial weight perturbation (off in the code) and heads other than the cosine one
 (their losses point the wrong way) are left out.
 
-Cross-entropy at temperature 1 is a weak attack, so the robust accuracy of the training's own validation is far too
+Cross-entropy at temperature 1 is a weak attack, so the robust accuracy of that training's own validation is far too
 high. The fitted classifier has the model's temperature, which the evaluation's attacks need.
 """
 
@@ -71,6 +73,7 @@ class LAAT(FineTuned):
         "eps": Fraction(8, 255),
         "alpha": Fraction(2, 255),
         "steps": 7,
+        "tau": 1.0,
         "template": "This is a photo of a {}",
     }
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -92,7 +95,7 @@ class LAAT(FineTuned):
     steps: int = 2
     norm: str = "linf"
     start: str = "uniform"
-    tau: float = 1.0
+    tau: float = 0.07
     smooth: float = 1.0
     anchors: str = "expanded"
     template: str = ""
@@ -104,7 +107,7 @@ class LAAT(FineTuned):
         object.__setattr__(self, "eps", inner.eps)
         object.__setattr__(self, "alpha", inner.alpha)
         if self.tau <= 0:
-            raise ValueError(f"tau must be positive, got {self.tau}; write 1, or 0.07 for a sharper softmax")
+            raise ValueError(f"tau must be positive, got {self.tau}; write 0.07, or 1 as published")
         if self.smooth < 0:
             raise ValueError(f"smooth must not be negative, got {self.smooth}; write 1")
         check_choice(self.anchors, ANCHORS, "anchors")
