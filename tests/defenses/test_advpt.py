@@ -146,7 +146,7 @@ def test_presets() -> None:
     assert (theirs.eps, theirs.tokens, theirs.start, theirs.clean) == ((Fraction(8, 255),), 32, "one_sided", False)
     assert theirs.alphas == pytest.approx([1 / 255])
     ours = AdvPT()
-    assert len(ours.eps) == 3
+    assert ours.eps == (Fraction(1, 255), Fraction(2, 255))
     assert ours.alphas == pytest.approx([2.5 * float(e) / 10 for e in ours.eps])
     assert AdvPT(eps="8/255").eps == (Fraction(8, 255),)
     assert AdvPT(eps=("8/255", "1/255", "8/255")).eps == (Fraction(1, 255), Fraction(8, 255))
