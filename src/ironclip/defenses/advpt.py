@@ -10,8 +10,8 @@ Our default differs from the published bank, which ``preset=reference`` has. Tha
 eps in all, so a pixel whose gradient stays negative mostly stops short of -eps, and it knows one budget. Ours starts on
 both sides, moves 2.5 eps so that every start reaches every corner, and holds the clean image and two small budgets. A
 budget that leaves nothing of the class in the features teaches noise: on ``tiny``, where label-free attacks at 4/255
-leave 0 %, banks with 8/255 cost most of the clean accuracy, in either form. In both the seed decides everything, what a stored bank
-depends on is stored with it, and the published head's code path that trains on clean images is not there.
+leave 0 %, banks with 8/255 cost most of the clean accuracy, in either form. In both the seed decides everything, what a
+stored bank depends on is stored with it, and the published head's code path that trains on clean images is not there.
 ``labels=pseudo`` is ours.
 """
 
