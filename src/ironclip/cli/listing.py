@@ -24,6 +24,7 @@ MODELS = (
     ("hf:NAME", "CLIP or SigLIP by hub name or local folder, through transformers"),
     ("open_clip:NAME[/TAG]", "open_clip models by name, hub name or local folder (extra open-clip)"),
 )
+WIDE = 200
 KINDS = ("models", "data", "attacks", "defenses", "presets")
 
 
@@ -38,12 +39,18 @@ def listing(
     if as_json:
         print(json.dumps({"rows": rows}))
         return 0
+    console = Console(file=sys.stdout)
+    shown = list(rows[0]) if rows else ["nothing found"]
+    if kind == "defenses" and console.width < WIDE:
+        shown = ["name", "title", "paradigm", "fit", "paper"]
     table = Table(show_lines=False)
-    for column in rows[0] if rows else ("nothing found",):
-        table.add_column(column)
+    for column in shown:
+        table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(_cell(v)) for v in row.values()))
-    Console(file=sys.stdout).print(table)
+        table.add_row(*(Text(_cell(row[c])) for c in shown))
+    console.print(table)
+    if rows and len(shown) < len(rows[0]):
+        console.print("every field and its default: the same command with --json, or a wider terminal")
     return 0
 
 
