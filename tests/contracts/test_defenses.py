@@ -50,6 +50,7 @@ ROWS = (
     Row("ttc(preset=reference)"),
     Row("TTC(tau=0.25, clean_offset=zero)"),
     Row("TTC(tau=1000, steps=3)"),
+    Row("TTC(steps=1)", fit=lambda d, clf: d.fit(clf, toy_images(32, size=clf.vlm.image_size, seed=9))),
     Row("TTC(tau=1000, norm=l2, eps=1, alpha=1/2)"),
     Row("clipure"),
     Row("CLIPure(mode=per_sample)"),
@@ -176,7 +177,7 @@ def judged(case: Case) -> Tensor:
     if hasattr(defense, "gated"):
         return defense.gated(case.clf, case.x, case.rng, case.state)
     if hasattr(defense, "gate"):
-        return defense.gate(case.clf, case.x, case.rng)
+        return defense.gate(case.clf, case.x, case.rng, case.state)
     return torch.ones(B, dtype=torch.bool)
 
 

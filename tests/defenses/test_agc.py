@@ -72,10 +72,6 @@ def test_calibration() -> None:
     assert float(state["tau"]) == pytest.approx(AGC().calibrate(clf, x, seed=1))
     rng = SampleRNG.rows(100)
     torch.testing.assert_close(AGC().apply(clf, state)(x, rng), AGC(tau=float(state["tau"])).apply(clf)(x, rng))
-    with pytest.warns(
-        UserWarning, match=r"AGC is not calibrated for this model and takes tau=0.2; write tau= .*calibrate"
-    ):
-        AGC().apply(clf)
     with pytest.raises(ValueError, match="the state of AGC must hold 'tau', it holds nothing"):
         AGC().apply(clf, {})
 

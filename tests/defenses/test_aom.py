@@ -232,7 +232,7 @@ def test_calibration_leaves_the_asked_share_of_clean_images_alone() -> None:
 
 
 def test_an_uncalibrated_gate_says_how_to_calibrate() -> None:
-    with pytest.raises(ValueError, match=r"needs a threshold for this model: write threshold= .*calibrate\(clf"):
+    with pytest.raises(ValueError, match=r"needs a threshold for toy-conv: run ironclip fit 'AOM\(gate=hi"):
         AOM(gate="high_noise_drift").apply(toy_clf())
 
 

@@ -67,10 +67,6 @@ def test_calibration_and_penalty() -> None:
     torch.testing.assert_close(fpt.penalty(clf)(x, rng), (fpt.drift(clf, x, rng) - 0.9 * limit).clamp(min=0))
     state = FPTNoise().fit(clf, x, seed=1)
     assert float(state["stable"]) == pytest.approx(FPTNoise().calibrate(clf, x, seed=1))
-    with pytest.warns(
-        UserWarning, match=r"FPTNoise is not calibrated for this model and takes stable=0.1; write stable="
-    ):
-        FPTNoise().apply(clf)
 
 
 def test_cost() -> None:

@@ -14,7 +14,6 @@ from reference import ttc_literal
 from torch import Tensor, nn
 from toys import toy_clf, toy_images, words
 
-import ironclip
 from ironclip.core.rng import SampleRNG
 from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
@@ -303,27 +302,6 @@ def test_penalty_is_the_missing_drift() -> None:
     judged = cost(x, rng) > 0
     assert bool(lower[judged].all())
     assert float(grad[~judged].abs().max()) == 0
-
-
-# calibration
-
-
-def test_calibrated_tau_touches_the_asked_share_of_clean_images() -> None:
-    clf, x = toy_clf(), toy_images(200)
-    rng = SampleRNG.rows(200)
-    for quantile in (0.05, 0.25):
-        tau = TTC().calibrate(clf, x, rng, quantile, batch_size=33)
-        touched = TTC(tau=tau).gate(clf, x, rng).float().mean()
-        assert float(touched) == pytest.approx(quantile, abs=0.011)
-        assert ironclip.build(f"TTC(tau={tau})") == TTC(tau=tau)
-
-
-def test_calibrate_refuses_nonsense() -> None:
-    clf, x = toy_clf(), toy_images(2)
-    with pytest.raises(ValueError, match=r"quantile must lie in \(0, 1\), got 5; write 0.05"):
-        TTC().calibrate(clf, x, SampleRNG.rows(2), quantile=5)
-    with pytest.raises(ValueError, match="needs clean images, got none"):
-        TTC().calibrate(clf, x[:0], SampleRNG.rows(0))
 
 
 # what must not happen

@@ -1,4 +1,4 @@
-"""``ironclip fit``: train a defense's weights; ``ironclip bench --state`` reads what it leaves."""
+"""``ironclip fit``: train a defense's weights or find its threshold; ``bench --state`` reads what it leaves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ironclip.core import spec
 def fit(
     defense: Annotated[str, typer.Argument(help="the defense as a spec: tecoa, 'TeCoA(eps=4/255)'")],
     data: Annotated[str, typer.Option("--data", help="training sets, comma separated; several are joined")],
-    out: Annotated[Path, typer.Option("--out", help="folder of states; NAME.safetensors and NAME.json go there")],
+    out: Annotated[Path, typer.Option("--out", help="folder of NAME.safetensors and NAME.json")] = Path("states"),
     vlm: o.Vlm = "lite",
     steps: Annotated[int | None, typer.Option("--steps", help="updates; default: those of the recipe")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="images an update")] = None,
@@ -40,7 +40,11 @@ def fit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="two steps, then time and memory of the whole")] = False,
     as_json: o.Json = False,
 ) -> int:
-    """Train a defense on labelled images and write its state; a killed run goes on where it stopped."""
+    """Train a defense on labelled images and write its state; a killed run goes on where it stopped.
+
+    A defense with a threshold (TTC, AOM with a gate, AGC, FPTNoise) is calibrated on clean images without labels; the
+    spec with the threshold is printed.
+    """
     from ironclip.evaluation.fitting import estimate_fit, fit_defense
 
     given: dict[str, Any] = {
@@ -64,6 +68,11 @@ def fit(
         return 0
     if as_json:
         print(json.dumps(manifest))
+        return 0
+    if "spec" in manifest:
+        found, file = manifest["spec"], out / manifest["state"]["file"]
+        print(f"{found}: calibrated on {manifest['images']} images; the state is {file}")
+        print(f"next: ironclip bench --vlm {vlm} --defenses {shlex.quote(found)} --data DATA (other images)")
         return 0
     metrics, state = manifest["metrics"], manifest["state"]
     shown = ", ".join(f"{k} {v:g}" for k, v in metrics.items() if k.startswith("val_"))

@@ -83,5 +83,6 @@ class Steps:
         shown = {"val_accuracy": "val", "val_clean": "clean", "val_robust": "robust"}
         if any(k in metrics for k in shown):
             self.held_out = "".join(f", {word} {metrics[k]:.1f} %" for k, word in shown.items() if k in metrics)
-        text = f"{self.what}: loss {metrics['loss']:.3f}{self.held_out}"
+        loss = f": loss {metrics['loss']:.3f}" if "loss" in metrics else ""
+        text = f"{self.what}{loss}{self.held_out}"
         self.bars.update(self.task, completed=step, description=text)

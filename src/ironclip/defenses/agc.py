@@ -7,9 +7,8 @@ views, the choice by entropy, and the step min(1, (1 - cos) / tau). No figure of
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +19,15 @@ from ironclip.core.filters import gaussian_blur
 from ironclip.core.rng import SampleRNG, rng_or_rows
 from ironclip.core.spec import method
 from ironclip.core.sphere import drift_between, move
-from ironclip.core.types import Info, Loop, State
+from ironclip.core.types import Info, State
 from ironclip.core.views import Defended
 from ironclip.core.zeroshot import ZeroShot
-from ironclip.defenses._calibrate import RECONSTRUCTED, quantile_of, threshold
+from ironclip.defenses._calibrate import RECONSTRUCTED, Gated, Threshold
 from ironclip.defenses._descriptions import entropy
 
 
 @method
-class AGC:
+class AGC(Gated):
     """Four views: centre ``crop`` (share of the side), ``blur`` (pixels, 5 x 5), zero padding by ``pad`` (share of the
     side, each edge), Gaussian noise of ``sigma`` (pixel units). The view whose class posterior has the least entropy
     gives the anchor a; the feature z moves the share min(1, (1 - cos(z, a)) / ``tau``) of the angle towards it.
@@ -47,6 +46,8 @@ class AGC:
         code="https://github.com/lizhiwei23/AGC",
         randomized=True,
     )
+    THRESHOLD: ClassVar[Threshold] = Threshold("tau", 0.95, ("crop", "blur", "pad", "sigma"), usual=0.2)
+    LABELS: ClassVar[bool] = True  # the surest view is that of the classes
 
     crop: float = 0.8
     blur: float = 1.0
@@ -68,7 +69,8 @@ class AGC:
 
     def apply(self, clf: ZeroShot, state: State | None = None) -> Defended:
         """The correcting classifier; randomised by its noise, images independent of each other."""
-        tau = threshold(self.tau, state, "tau", 0.2, "AGC")
+        tau = self.settled(clf, state).tau
+        assert tau is not None
         return Defended(clf, partial(self._encode, clf, tau), randomized=self.sigma > 0)
 
     def views(self, x: Tensor, rng: SampleRNG | None = None) -> Tensor:
@@ -87,15 +89,6 @@ class AGC:
     def drift(self, clf: ZeroShot, x: Tensor, rng: SampleRNG | None = None) -> Tensor:
         """(b,) 1 - cos between the image's feature and its anchor."""
         return drift_between(*self._pair(clf, x, rng))
-
-    def calibrate(self, clf: ZeroShot, data: Iterable[Any], quantile: float = 0.95, seed: int = 0) -> float:
-        """The ``tau`` above which the share 1 - ``quantile`` of these clean images moves all the way; no labels needed.
-        ``data``: a tensor (n, 3, h, w), batches of them, or a data set."""
-        return quantile_of(lambda x, rng: self.drift(clf, x, rng), data, quantile, seed)
-
-    def fit(self, clf: ZeroShot, data: Iterable[Any], *, loop: Loop | None = None, seed: int = 0) -> State:
-        """``calibrate`` as a state, ``{"tau": (1,)}``; ``loop`` is not read."""
-        return {"tau": torch.tensor([self.calibrate(clf, data, seed=seed)])}
 
     def _pair(self, clf: ZeroShot, x: Tensor, rng: SampleRNG | None) -> tuple[Tensor, Tensor]:
         """(b, d) features of the images and of their surest views."""

@@ -23,11 +23,11 @@ from ironclip.core.check import check_choice, check_images
 from ironclip.core.rng import SampleRNG, rng_or_rows
 from ironclip.core.spec import method
 from ironclip.core.sphere import angle_between, coefficients, drift_between, move, unit_or
-from ironclip.core.types import Info, Loop, State
+from ironclip.core.types import Info, State
 from ironclip.core.views import Defended
 from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
-from ironclip.defenses._calibrate import quantile_of
+from ironclip.defenses._calibrate import Gated, Threshold
 
 ROWS = 64
 """Noised copies are encoded together up to this many images."""
@@ -48,7 +48,7 @@ class Encoded:
 
 
 @method
-class AOM:
+class AOM(Gated):
     """Feature z moved along its path to the anchor a: chord ``z + lam (a - z)``, normalised, or the great circle.
 
     ``sigma``: standard deviation of the noise, pixel units; copies are cut to [0, 1]. ``draws``: copies of each image.
@@ -71,6 +71,7 @@ class AOM:
         paper="Tong et al. 2025, CVPR (reconstruction)",
         randomized=True,
     )
+    THRESHOLD: ClassVar[Threshold] = Threshold("threshold", 0.95, ("gate_sigma", "draws", "antithetic"))
 
     sigma: float = 0.1
     draws: int = 8
@@ -96,7 +97,7 @@ class AOM:
         """The corrected classifier; randomised unless sigma or lam is 0, images independent of each other."""
         if clf.weights.shape[1] != clf.vlm.dim:
             raise ValueError(f"class weights have {clf.weights.shape[1]} dimensions, {clf.vlm.name} has {clf.vlm.dim}")
-        limit = self._limit(state) if self.gate != "off" and self._moves else -inf
+        limit = self._limit(clf, state) if self.gate != "off" and self._moves else -inf
         return Defended(clf, partial(self._encode, clf.vlm, limit), randomized=self._moves)
 
     def encodings(self, vlm: VLM, x: Tensor, rng: SampleRNG, sigma: float | None = None) -> Encoded:
@@ -147,18 +148,18 @@ class AOM:
         """(b,) True where the image is judged attacked and moved; everywhere without a gate."""
         if self.gate == "off":
             return torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
-        return self.drift(clf, x, rng) > self._limit(state)
+        return self.drift(clf, x, rng) > self._limit(clf, state)
 
-    def calibrate(self, clf: ZeroShot, data: Iterable[Any], quantile: float = 0.95, seed: int = 0) -> float:
-        """The ``threshold`` above which the share 1 - ``quantile`` of these clean images lies; no labels needed.
+    def calibrate(self, clf: ZeroShot, data: Iterable[Any], quantile: float | None = None, seed: int = 0) -> float:
+        """As of every gated defense (``_calibrate.py``). Raises ValueError without a gate, too."""
+        if self.gate == "off":
+            raise ValueError("AOM(gate=off) has no threshold; write AOM(gate=high_noise_drift)")
+        return super().calibrate(clf, data, quantile, seed)
 
-        ``data``: a tensor (n, 3, h, w), batches of them, or a data set; 256 images that are not in the test.
-        """
-        return quantile_of(lambda x, rng: self.drift(clf, x, rng), data, quantile, seed)
-
-    def fit(self, clf: ZeroShot, data: Iterable[Any], *, loop: Loop | None = None, seed: int = 0) -> State:
-        """``calibrate`` as a state, ``{"threshold": (1,)}``; there is nothing to train, ``loop`` is not read."""
-        return {"threshold": torch.tensor([self.calibrate(clf, data, seed=seed)])}
+    @property
+    def is_open(self) -> bool:
+        """Is there a gate whose threshold is left to calibration?"""
+        return self.gate != "off" and self.threshold is None
 
     @property
     def penalty(self) -> Callable[..., Callable[[Tensor, SampleRNG | None], Tensor]]:
@@ -169,7 +170,7 @@ class AOM:
         return self._penalty
 
     def _penalty(self, clf: ZeroShot, state: State | None = None) -> Callable[[Tensor, SampleRNG | None], Tensor]:
-        goal = 0.9 * self._limit(state)
+        goal = 0.9 * self._limit(clf, state)
 
         def cost(x: Tensor, rng: SampleRNG | None = None) -> Tensor:
             return F.relu(self.drift(clf, x, rng) - goal)
@@ -180,15 +181,10 @@ class AOM:
     def _moves(self) -> bool:
         return self.sigma > 0 and self.lam != 0
 
-    def _limit(self, state: State | None) -> float:
-        if self.threshold is not None:
-            return self.threshold
-        if state is None or "threshold" not in state:
-            raise ValueError(
-                "AOM(gate=high_noise_drift) needs a threshold for this model: write threshold= with the value of "
-                "AOM(gate=high_noise_drift).calibrate(clf, clean_images), or pass the state that fit returns"
-            )
-        return float(state["threshold"])
+    def _limit(self, clf: ZeroShot, state: State | None) -> float:
+        limit = self.settled(clf, state).threshold
+        assert limit is not None
+        return limit
 
     def _through(self, vlm: VLM, x: Tensor, rng: SampleRNG, sigma: float, plain: bool) -> Tensor:
         """(b, plain + draws, d) unit features of the image itself, where asked for, and of its noised copies."""

@@ -9,9 +9,9 @@ of this file reproduces a published one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +21,15 @@ from ironclip.core.check import check_images
 from ironclip.core.rng import SampleRNG, rng_or_rows
 from ironclip.core.spec import method
 from ironclip.core.sphere import drift_between
-from ironclip.core.types import Info, Loop, State
+from ironclip.core.types import Info, State
 from ironclip.core.views import Scored
 from ironclip.core.zeroshot import ZeroShot
-from ironclip.defenses._calibrate import RECONSTRUCTED, quantile_of, threshold
+from ironclip.defenses._calibrate import RECONSTRUCTED, Gated, Threshold
 from ironclip.defenses.tte import TTE
 
 
 @method
-class FPTNoise:
+class FPTNoise(Gated):
     """Noise of ``levels`` strengths up to ``sigma`` (pixel units), the same draw at each, tells how an image drifts.
 
     The drift 1 - cos between the plain feature and that at ``sigma`` decides whether it is noised at all: above
@@ -49,6 +49,7 @@ class FPTNoise:
         paper="arXiv 2510.20856 (reconstruction)",
         randomized=True,
     )
+    THRESHOLD: ClassVar[Threshold] = Threshold("stable", 0.95, ("sigma",), usual=0.1)
 
     sigma: float = 0.1
     levels: int = 4
@@ -71,7 +72,7 @@ class FPTNoise:
 
     def apply(self, clf: ZeroShot, state: State | None = None) -> Scored:
         """The noising classifier; randomised, images independent of each other."""
-        return Scored(clf, partial(self._logits, clf, self._limit(state)), randomized=True)
+        return Scored(clf, partial(self._logits, clf, self._limit(clf, state)), randomized=True)
 
     def strengths(self, clf: ZeroShot, x: Tensor, limit: float, rng: SampleRNG | None = None) -> Tensor:
         """(b,) noise strength of each image, 0 where its drift is at most ``limit``."""
@@ -87,28 +88,21 @@ class FPTNoise:
 
     def gated(self, clf: ZeroShot, x: Tensor, rng: SampleRNG | None = None, state: State | None = None) -> Tensor:
         """(b,) True where the image is noised."""
-        return self.drift(clf, x, rng) > self._limit(state)
+        return self.drift(clf, x, rng) > self._limit(clf, state)
 
     def penalty(self, clf: ZeroShot, state: State | None = None) -> Callable[[Tensor, SampleRNG | None], Tensor]:
         """``(x, rng) -> (b,)``: relu(drift - 0.9 stable); staying under it an attack meets TTE alone."""
-        goal = 0.9 * self._limit(state)
+        goal = 0.9 * self._limit(clf, state)
 
         def cost(x: Tensor, rng: SampleRNG | None = None) -> Tensor:
             return F.relu(self.drift(clf, x, rng) - goal)
 
         return cost
 
-    def calibrate(self, clf: ZeroShot, data: Iterable[Any], quantile: float = 0.95, seed: int = 0) -> float:
-        """The ``stable`` above which the share 1 - ``quantile`` of these clean images is noised; no labels needed.
-        ``data``: a tensor (n, 3, h, w), batches of them, or a data set."""
-        return quantile_of(lambda x, rng: self.drift(clf, x, rng), data, quantile, seed)
-
-    def fit(self, clf: ZeroShot, data: Iterable[Any], *, loop: Loop | None = None, seed: int = 0) -> State:
-        """``calibrate`` as a state, ``{"stable": (1,)}``; ``loop`` is not read."""
-        return {"stable": torch.tensor([self.calibrate(clf, data, seed=seed)])}
-
-    def _limit(self, state: State | None) -> float:
-        return threshold(self.stable, state, "stable", 0.1, "FPTNoise")
+    def _limit(self, clf: ZeroShot, state: State | None) -> float:
+        limit = self.settled(clf, state).stable
+        assert limit is not None
+        return limit
 
     def _sigmas(self, like: Tensor) -> Tensor:
         return self.sigma * torch.arange(1, self.levels + 1).to(like) / self.levels

@@ -28,6 +28,7 @@ from ironclip.core.types import Info, State
 from ironclip.core.views import Defended
 from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
+from ironclip.defenses._calibrate import Gated, Threshold
 from ironclip.defenses._inner import boxed, counterattack, forwarded
 
 KAPPA = 10.0
@@ -47,7 +48,7 @@ class Look:
 
 
 @method
-class TTC:
+class TTC(Gated):
     """Gate by feature drift, then a short ascent on the feature's distance from itself.
 
     ``eps``: radius of the counterattack and of its random start, pixel units. ``alpha``: step. ``steps``: 0 is plain
@@ -56,10 +57,11 @@ class TTC:
     direction, steps along the gradient). ``clean_offset``: what images judged clean receive, ``noise``
     (the random start stays on) or ``zero``.
 
-    The published constants belong to OpenAI's ViT-B/32. Drift depends on the backbone, so elsewhere set ``tau`` from
-    unlabelled clean images that are not part of the test: ``tau = ttc.calibrate(clf, x, rng)``, then write the figure
-    into the spec, ``TTC(tau=0.31)``, and report ``gate`` beside every accuracy. Where attacked images drift more than
-    clean ones the gate works against itself, and no ``tau`` helps.
+    The published constants belong to OpenAI's ViT-B/32. Drift depends on the backbone, so elsewhere find ``tau``, the
+    5th percentile over unlabelled clean images that are not part of the test: ``ironclip fit TTC --vlm ... --data ...``
+    or ``calibrate``, then write the figure into the spec, ``TTC(tau=0.31)``. A state that ``fit`` returns stands in for
+    the published 0.2, never for another figure; without either that is said once. Report ``gate`` beside every
+    accuracy: where attacked images drift more than clean ones it works against itself, and no ``tau`` helps.
 
     The defaults are the published constants (``preset="reference"`` pins them). ``clean_offset="zero"`` scores images
     judged clean as they are, at the same cost; it is not the default because the noise alone is much of the defense,
@@ -82,6 +84,7 @@ class TTC:
         randomized=True,
     )
     surrogates: ClassVar[tuple[str, ...]] = ("bpda", "smooth")
+    THRESHOLD: ClassVar[Threshold] = Threshold("tau", 0.05, ("eps", "norm"), usual=0.2)
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "reference": {
             "eps": Fraction(4, 255),
@@ -112,7 +115,7 @@ class TTC:
         if self.steps < 0:
             raise ValueError(f"steps must not be negative, got {self.steps}; 0 is noise alone")
         if not self.tau > 0:
-            raise ValueError(f"tau must be positive, got {self.tau}; find it with calibrate(clf, x, rng)")
+            raise ValueError(f"tau must be positive, got {self.tau}; find it with calibrate(clf, clean_images)")
 
     @property
     def weights(self) -> list[float]:
@@ -122,14 +125,14 @@ class TTC:
 
     def apply(self, clf: ZeroShot, state: State | None = None) -> Defended:
         """The classifier behind the counterattack; randomised, images independent of each other."""
-        return self._defended(clf, "exact")
+        return self.settled(clf, state)._defended(clf, "exact")
 
     def surrogate(self, clf: ZeroShot, state: State | None = None, name: str = "bpda") -> Defended:
         """The same values with another derivative. ``bpda``: this call's offset is a constant, the gradient is that of
         the model at x + offset. ``smooth``: differentiates through the steps, with tanh(10 g / mean|g|) for the sign.
         """
         check_choice(name, self.surrogates, "surrogate of TTC")
-        return self._defended(clf, name)
+        return self.settled(clf, state)._defended(clf, name)
 
     def penalty(
         self, clf: ZeroShot, state: State | None = None, margin: float | None = None
@@ -139,7 +142,8 @@ class TTC:
         An attack that subtracts it keeps the counterattack from starting. Same draw as the classifier called with the
         same rng; ``margin`` is tau / 10 unless given.
         """
-        goal = self.tau * 1.1 if margin is None else self.tau + margin
+        tau = self.settled(clf, state).tau
+        goal = tau * 1.1 if margin is None else tau + margin
 
         def cost(x: Tensor, rng: SampleRNG | None = None) -> Tensor:
             noise = self._noise(x, rng_or_rows(rng, x, "ttc"))
@@ -152,26 +156,14 @@ class TTC:
         """(b,) relative feature drift under this call's noise."""
         return self._look(clf.vlm, x, rng).drift
 
-    def gate(self, clf: ZeroShot, x: Tensor, rng: SampleRNG | None = None) -> Tensor:
+    def gate(self, clf: ZeroShot, x: Tensor, rng: SampleRNG | None = None, state: State | None = None) -> Tensor:
         """(b,) True where the image is judged attacked and counterattacked, in the call with the same rng."""
-        return self.drift(clf, x, rng) < self.tau
+        return self.drift(clf, x, rng) < self.settled(clf, state).tau
 
-    def calibrate(
-        self, clf: ZeroShot, x: Tensor, rng: SampleRNG | None = None, quantile: float = 0.05, batch_size: int = 64
-    ) -> float:
-        """The ``tau`` at which the share ``quantile`` of these clean images would be judged attacked.
-
-        ``x``: (n, 3, h, w), no labels needed, none of them from the test set. Four significant digits, to be written
-        into a spec. Raises ValueError for a quantile outside (0, 1) and for no images.
-        """
-        if not 0 < quantile < 1:
-            raise ValueError(f"quantile must lie in (0, 1), got {quantile}; write 0.05")
-        if x.shape[0] == 0:
-            raise ValueError("calibrate needs clean images, got none; pass at least 20")
-        rng = rng_or_rows(rng, x, "ttc")
-        parts = [slice(i, i + batch_size) for i in range(0, x.shape[0], batch_size)]
-        drifts = torch.cat([self.drift(clf, x[p], rng[p]) for p in parts])
-        return float(f"{float(torch.quantile(drifts, quantile)):.4g}")
+    def _found_on(self, vlm: VLM) -> bool:
+        """The paper's tower: OpenAI's ViT-B/32."""
+        name = vlm.name.lower()
+        return "openai" in name and ("vit-b-32" in name or "vit-base-patch32" in name)
 
     def _defended(self, clf: ZeroShot, how: str) -> Defended:
         def seen(x: Tensor, rng: SampleRNG | None = None) -> Tensor:

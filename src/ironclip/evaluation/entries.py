@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from ironclip.core.spec import to_text
 from ironclip.core.types import State
 from ironclip.core.zeroshot import ZeroShot
+from ironclip.defenses._calibrate import Gated
 from ironclip.evaluation.block import Entry
 from ironclip.registry import DEFENSES, build_defense
 
@@ -42,16 +43,20 @@ def applicable(job: Job, clf: ZeroShot, data: str) -> tuple[list[Entry], list[di
 
 
 def load_state(job: Job, spec: Any) -> State | None:
-    """The fitted state of a defense from the folder ``--state``, where the defense needs one.
+    """The fitted state of a defense from the folder ``--state``: where the defense needs one, and where its spec leaves
+    a threshold open that was calibrated there.
 
     Raises ValueError naming the file and the command that makes it.
     """
     defense = build_defense(spec)
-    if not defense.info.needs_state:
-        return None
     name = defense.info.name
     path = Path(job.state or "") / f"{name}.safetensors"
-    if job.state is None or not path.exists():
+    there = job.state is not None and path.exists()
+    if isinstance(defense, Gated):
+        return load_file(path) if there and defense.is_open else None
+    if not getattr(defense, "needs_state", defense.info.needs_state):
+        return None
+    if not there:
         raise ValueError(
             f"{name} must be fitted first: no {path.name} in --state {job.state}; run ironclip fit {name!r}"
         )

@@ -14,11 +14,13 @@ import torch
 from safetensors.torch import save_file
 
 from ironclip.core.loop import Loop
-from ironclip.core.spec import full_text, split_list
+from ironclip.core.spec import full_text, split_list, to_text
 from ironclip.core.types import State
 from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
 from ironclip.data import joined, load_data
+from ironclip.defenses._calibrate import Gated
+from ironclip.evaluation.calibrating import Watched, check_plain, repeats
 from ironclip.evaluation.store import write_atomic
 from ironclip.models import load
 from ironclip.registry import DEFENSES, build_defense
@@ -51,6 +53,8 @@ def fit_defense(
 ) -> dict[str, Any]:
     """Fit, write ``out/NAME.safetensors`` and ``out/NAME.json``, return the manifest. ``out/NAME.run`` keeps the run.
 
+    A gated defense is calibrated instead: the images need no labels, and the manifest's ``spec`` has the threshold.
+
     ``data``: specs of training sets, comma separated; several are joined. ``changes``: fields of the recipe's loop.
     ``limit``: images of each set that are used; ``shots``: of each of its classes instead.
     ``half``: store tensors as float16. ``devices``: processes of this very command that share each batch (extra
@@ -63,16 +67,21 @@ def fit_defense(
     device = device if team.fabric is None else str(team.fabric.device)
     defense, model, source, clf = prepared(spec, vlm, data, limit, seed, prompts, skip_bad, device, shots)
     name, options = defense.info.name, {}
+    gated = isinstance(defense, Gated)
+    if gated:
+        check_plain(defense, changes, half)
     loop = loop_of(defense, changes)
     takes = inspect.signature(defense.fit).parameters
     target, record, folder = out / f"{name}.safetensors", out / f"{name}.json", out / f"{name}.run"
-    if target.exists() and resume and not (folder / "run.json").exists():
+    again = gated and repeats(record, model.weights_hash)
+    if target.exists() and resume and not again and not (folder / "run.json").exists():
         raise ValueError(f"{target} exists already and was made elsewhere; name another --out, or write --no-resume")
     if "session" in takes:
         options["session"] = Session(folder, resume, progress, team)
     elif devices > 1:
         raise ValueError(f"{name} is fitted by one process; leave --devices out")
-    state = defense.fit(clf, source, loop=loop, seed=seed, **options)
+    shown = Watched(source, progress) if gated else source
+    state = defense.fit(clf, shown, loop=loop, seed=seed, **options)
     if not team.leads:
         return {}
     write_state(target, state, half)
@@ -87,7 +96,7 @@ def fit_defense(
         "classes": len(set(source.class_names)),
         "templates": list(source.templates),
         "seed": seed,
-        "loop": dataclasses.asdict(loop),
+        **({"spec": to_text(defense.calibrated(state))} if gated else {"loop": dataclasses.asdict(loop)}),
         "metrics": _recent(folder / "metrics.jsonl"),
         "state": {
             "file": target.name,
