@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 
 from ironclip.core.spec import to_text
 from ironclip.core.types import State
+from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
 from ironclip.defenses._calibrate import Gated
 from ironclip.evaluation.block import Entry
+from ironclip.evaluation.states import find_state
 from ironclip.registry import DEFENSES, build_defense
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def applicable(job: Job, clf: ZeroShot, data: str) -> tuple[list[Entry], list[di
     for spec in job.defenses:
         defense = build_defense(spec)
         try:
-            entry = Entry(defense, load_state(job, defense))
+            entry = Entry(defense, load_state(job, defense, clf.vlm))
             entry.defense.apply(clf, entry.state)
         except ValueError as err:
             if len(job.defenses) == 1:
@@ -42,25 +43,27 @@ def applicable(job: Job, clf: ZeroShot, data: str) -> tuple[list[Entry], list[di
     return entries, absent
 
 
-def load_state(job: Job, spec: Any) -> State | None:
-    """The fitted state of a defense from the folder ``--state``: where the defense needs one, and where its spec leaves
-    a threshold open that was calibrated there.
+def load_state(job: Job, spec: Any, vlm: VLM) -> State | None:
+    """The fitted state of a defense from the folder ``--state``, or the package's zoo where none is named: where the
+    defense needs one, and where its spec leaves a threshold open that was calibrated there.
 
     Raises ValueError naming the file and the command that makes it.
     """
     defense = build_defense(spec)
     name = defense.info.name
-    path = Path(job.state or "") / f"{name}.safetensors"
-    there = job.state is not None and path.exists()
-    if isinstance(defense, Gated):
-        return load_file(path) if there and defense.is_open else None
-    if not getattr(defense, "needs_state", defense.info.needs_state):
+    gated = isinstance(defense, Gated)
+    if isinstance(defense, Gated) and (job.state is None or not defense.is_open):
         return None
-    if not there:
+    if not gated and not getattr(defense, "needs_state", defense.info.needs_state):
+        return None
+    path = find_state(job.state, defense, vlm.weights_hash)
+    if path is None and not gated:
+        where = "the zoo that ships" if job.state is None else f"--state {job.state}"
         raise ValueError(
-            f"{name} must be fitted first: no {path.name} in --state {job.state}; run ironclip fit {name!r}"
+            f"{name} must be fitted first: no {name}.safetensors for this spec and model in {where}; "
+            f"run ironclip fit {to_text(defense)!r} --vlm {vlm.name} and pass its folder as --state"
         )
-    return load_file(path)
+    return None if path is None else load_file(path)
 
 
 def expand_defenses(names: Iterable[Any]) -> tuple[Any, ...]:

@@ -67,13 +67,13 @@ def export_attack(
     """
     check_choice(form, ("png", "float"), "format")
     made, shield = build_attack(attack), build_defense(defense)
-    fitted = load_state(Job(state=None if state is None else str(state)), shield)
     if (out / "record.json").exists():
         raise ValueError(f"{out} already holds a record.json; pass a new --out folder")
     where = Space.parse(space)
     model = load(vlm, device=device).in_space(where)
     images = open_data(data, model, prompts=prompts, limit=limit, seed=seed, skip_bad=skip_bad)
     clf = ZeroShot.build(model, images.class_names, images.templates)
+    fitted = load_state(Job(state=None if state is None else str(state)), shield, model)
     defended = shield.apply(clf, fitted)
     target = shield.apply(clf.with_vlm(model.at_precision(precision)), fitted)
     eps = getattr(made, "eps", None) if getattr(made, "norm", "linf") == "linf" else None
