@@ -79,7 +79,7 @@ def test_other_files_are_refused(file: str, tmp_path: Path) -> None:
 
 
 def test_versions() -> None:
-    assert ironclip.load("tiny:v1").name == ironclip.load("tiny").name == "tiny-v1"
+    assert ironclip.load("tiny-v1").name == ironclip.load("tiny:v1").name == ironclip.load("tiny").name == "tiny-v1"
     with pytest.raises(ValueError, match="unknown version of tiny 'v0'; valid: tiny, tiny:v1"):
         ironclip.load("tiny:v0")
 

@@ -19,8 +19,12 @@ BACKENDS: dict[str, str] = {
 
 
 def load(spec: str, *, device: str = "cpu", precision: str = "fp32") -> VLM:
-    """A frozen model in eval mode from ``backend`` or ``backend:rest``. Raises ValueError for an unknown backend."""
-    backend, _, rest = spec.strip().partition(":")
+    """A frozen model in eval mode from ``backend`` or ``backend:rest``. Raises ValueError for an unknown backend.
+
+    ``tiny-v1``, the name that results carry, is ``tiny:v1``.
+    """
+    text = spec.strip()
+    backend, _, rest = (f"tiny:{text[5:]}" if text.startswith("tiny-") else text).partition(":")
     if backend not in BACKENDS:
         names = ["lite", "lite:conse", "tiny", "hf:NAME", "open_clip:NAME", "conv4:MODEL"]
         raise ValueError(unknown("model", spec, names))
