@@ -202,7 +202,7 @@ def order(name: str, eps: Fraction) -> dict[str, Any]:
     return {"n": n, "right": sum(len(b.y) for b in parts), "left": left}
 
 
-SMALL, HALF, TWO = Fraction(1, 255), Fraction(1, 510), Fraction(2, 255)
+SMALL, HALF, TWO, FOUR = Fraction(1, 255), Fraction(1, 510), Fraction(2, 255), Fraction(4, 255)
 PARTS: dict[str, tuple[str, Fraction, str, Pair | None]] = {
     "tiny-apgd-ce": ("tiny", SMALL, "same start", apgd("ce")),
     "tiny-apgd-dlr": ("tiny", SMALL, "same start", apgd("dlr")),
@@ -212,6 +212,7 @@ PARTS: dict[str, tuple[str, Fraction, str, Pair | None]] = {
     "lite-square-500": ("lite", SMALL, "own streams", square),
     "tiny-aa-standard": ("tiny", TWO, "own streams", standard),
     "tiny-order": ("tiny", TWO, "", None),
+    "tiny-square-500-at-4": ("tiny", FOUR, "own streams", square),
     "lite-apgd-t": ("lite", SMALL, "same start", apgd_t),
     "lite-fab-t": ("lite", SMALL, "no randomness", fab_t),
     "lite-order": ("lite", SMALL, "", None),
