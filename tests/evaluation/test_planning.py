@@ -12,7 +12,7 @@ from toyset import toy_block
 import ironclip
 from ironclip.cli import main
 from ironclip.evaluation import cells
-from ironclip.evaluation.passes import calls
+from ironclip.evaluation.passes import Passes, calls, of_attack
 from ironclip.evaluation.planning import plan_jobs
 from ironclip.evaluation.recipes import budget
 from ironclip.evaluation.run import Job
@@ -21,19 +21,24 @@ PGD = "PGD(eps=8/255, steps=3, policy=max_loss)"
 
 
 @pytest.mark.parametrize(
-    ("spec", "draws", "gradients", "plain"),
+    ("spec", "gradients", "plain"),
     [
-        ("table2-pgd10", 1, 10, 1),  # ten steps, and the last point is judged
-        ("PGD(steps=4, restarts=2)", 1, 8, 2),
-        ("PGD(steps=4)", 5, 20, 5),
-        ("PGD(steps=4, policy=first_success)", 1, 4, 1),
-        ("APGD(steps=10)", 1, 10, 1),
-        ("RandomPoints(points=4)", 1, 0, 4),
-        ("Square(queries=20)", 1, 0, 21),
+        ("table2-pgd10", 10, 1),  # ten steps, and the last point is judged
+        ("PGD(steps=4, restarts=2)", 8, 2),
+        ("PGD(steps=4, policy=first_success)", 4, 1),
+        ("APGD(steps=10)", 10, 1),
+        ("RandomPoints(points=4)", 0, 4),
+        ("Square(queries=20)", 0, 21),
     ],
 )
-def test_calls_of_attacks(spec: str, draws: int, gradients: int, plain: int) -> None:
-    assert calls(spec, draws) == (gradients, plain)
+def test_calls_of_attacks(spec: str, gradients: int, plain: int) -> None:
+    assert calls(spec) == (gradients, plain)
+
+
+def test_every_draw_counts() -> None:
+    answer, gradient = Passes(2, 0), Passes(2, 1)
+    assert of_attack("PGD(steps=4)", 5, 10, answer, gradient) == Passes(5 * (4 * 2 + 2), 5 * 4)
+    assert of_attack("PGD(steps=4)", 5, 10, answer, None) == answer  # no gradient: the attack ends at once
 
 
 def job(**changes: Any) -> Job:

@@ -28,8 +28,8 @@ def show_plan(jobs: list[Job], store: Path, measure: bool, as_json: bool) -> int
     console = Console(file=sys.stdout)
     for (vlm, data), steps in groupby(plan["steps"], key=lambda s: (s["vlm"], s["data"])):
         console.print(_table(f"{vlm}, {data}", list(steps)))
-    for line in _facts(plan):
-        console.print(Text(line))
+    for line in _facts(plan):  # not through the console, which would break commands that people copy
+        print(line)
     return 0
 
 
@@ -55,9 +55,9 @@ def _facts(plan: dict[str, Any]) -> list[str]:
         f"{total['cells']} cells, {total['cached']} of them stored; for the rest at most {amount(f)} forward and "
         f"{amount(b)} backward passes of the image tower"
     ]
-    out += [
-        f"the attacks take {100 * (total['attack_forwards'] + total['attack_backwards']) / (f + b):.0f} % of them"
-    ] * (f + b > 0)
+    if f + b > 0:
+        share = (total["attack_forwards"] + total["attack_backwards"]) / (f + b)
+        out.append(f"the attacks take {100 * share:.0f} % of them")
     for vlm, r in plan["rates"].items():
         out.append(
             f"{vlm} on this machine as it is now: {1 / r['forward']:,.0f} forward and {1 / r['gradient']:,.0f} "

@@ -14,7 +14,6 @@ from ironclip.core.grad import NoGradientError, draws_of, loss_and_grad
 from ironclip.core.losses import ce
 from ironclip.core.rng import SampleRNG
 from ironclip.core.types import Classifier
-from ironclip.core.views import eot
 from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
 from ironclip.registry import build_attack
@@ -53,15 +52,15 @@ def of_gradient(vlm: VLM, clf: Classifier, x: Tensor, y: Tensor, rng: SampleRNG)
 
 
 def of_attack(spec: str, draws: int, k: int, answer: Passes, gradient: Passes | None) -> Passes:
-    """Passes of an attack per image, at most: as if no image were ever fooled."""
-    gradients, plain = calls(spec, draws, min(k, 12))
+    """Passes of an attack per image, at most: as if no image were ever fooled; every call takes ``draws`` draws."""
+    gradients, plain = (n * draws for n in calls(spec, min(k, 12)))
     if gradients and gradient is None:
         return answer
     return (gradient or Passes()) * gradients + answer * plain
 
 
 @lru_cache(maxsize=1024)
-def calls(spec: str, draws: int = 1, k: int = 12) -> tuple[int, int]:
+def calls(spec: str, k: int = 12) -> tuple[int, int]:
     """How often an attack asks for a gradient, and how often for an answer alone, per image that nothing fools.
 
     Counted by running it on a linear classifier of ``k`` classes whose first class always wins.
@@ -83,7 +82,7 @@ def calls(spec: str, draws: int = 1, k: int = 12) -> tuple[int, int]:
     vlm = VLM.wrap(image, text, size, scale=1.0)
     clf = ZeroShot.build(vlm, [str(i) for i in range(k)], ("a photo of a {}.",))
     x = torch.rand(1, 3, size, size, generator=generator)
-    result = build_attack(spec)(eot(clf, draws), x, torch.zeros(1, dtype=torch.long), rng=SampleRNG.rows(1))
+    result = build_attack(spec)(clf, x, torch.zeros(1, dtype=torch.long), rng=SampleRNG.rows(1))
     gradients = int(result.backwards.max())
     return gradients, int(result.forwards.max()) - gradients
 

@@ -8,6 +8,7 @@ texts, timings, checks, pictures, and the stored example of each batch that is c
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -58,8 +59,10 @@ def plan_jobs(jobs: Sequence[Job], store: str | Path, measure: bool = False) -> 
     Raises ValueError as a run would, and for a store of another format. Nothing is written or fetched.
     """
     made = Planner(Glance(store))
-    for job in jobs:
-        made.job(job, measure)
+    with warnings.catch_warnings():  # the run itself warns, of the model that it really has
+        warnings.simplefilter("ignore", UserWarning)
+        for job in jobs:
+            made.job(job, measure)
     steps, names = made.steps, ("attack_forwards", "attack_backwards", "forwards", "backwards")
     total = {k: sum(getattr(s, k) for s in steps) for k in names}
     known = [s for s in steps if s.vlm in made.rates]
@@ -92,6 +95,7 @@ class Planner:
         self.rates: dict[str, dict[str, float]] = {}
         self.planned: dict[str, set[Any]] = {}
         self.counts: dict[tuple[Any, ...], Passes] = {}
+        self.gradients: dict[tuple[Any, ...], Passes | None] = {}
         self._tiny: VLM | None = None
 
     @property
@@ -203,12 +207,11 @@ class Site:
 
     def _made(self, name: str, clf: Any, spec: str, draws: int) -> Passes:
         """Passes of an attack per image through the view ``name``."""
-        key = (*self._where, name, spec, draws, self.k)
-        if key not in self.planner.counts:
-            gradient = of_gradient(self.whole.vlm, clf, self.x, self.y, self.rng)
-            answer = self._answer(name, getattr(clf, "base", clf) if draws > 1 else clf)
-            self.planner.counts[key] = of_attack(spec, draws, self.k, answer, gradient)
-        return self.planner.counts[key]
+        key, counts = (*self._where, name, "gradient"), self.planner.gradients
+        if key not in counts:
+            counts[key] = of_gradient(self.whole.vlm, clf, self.x, self.y, self.rng)
+        answer = self._answer(name, getattr(clf, "base", clf) if draws > 1 else clf)
+        return of_attack(spec, draws, self.k, answer, counts[key])
 
     def _member(self, p: Any) -> Passes:
         """One member and the verdict on it."""
