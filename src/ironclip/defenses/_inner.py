@@ -39,7 +39,7 @@ class _Again(torch.autograd.Function):
         return step(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         with torch.enable_grad():
             leaves = [
                 v.detach().requires_grad_(need)
