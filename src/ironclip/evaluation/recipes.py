@@ -179,7 +179,7 @@ RECIPES: dict[str, tuple[Member, ...]] = {
         *_WHITE[:2],
         Member("unrolled", "surrogate:unrolled"),
         Member("unrolled-margin", "surrogate:unrolled", loss="margin", least="standard"),
-        *_WHITE[2:5],
+        *_WHITE[2:],
         _HIDDEN[0],
         *_BASE,
         *_LATE,
