@@ -51,6 +51,8 @@ DEFENSES: dict[str, str] = {
     "noise": "ironclip.defenses.noise:Noise",
     "ttc": "ironclip.defenses.ttc:TTC",
     "clipure": "ironclip.defenses.clipure:CLIPure",
+    "clipure_diff": "ironclip.defenses.clipure_diff:CLIPureDiff",
+    "diffpure": "ironclip.defenses.diffpure:DiffPure",
     "aom": "ironclip.defenses.aom:AOM",
     "cola": "ironclip.defenses.cola:COLA",
     "tte": "ironclip.defenses.tte:TTE",

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusion_models import TINY_UNET, tiny_unet
 from fits import few_steps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -55,6 +56,9 @@ ROWS = (
     Row("clipure"),
     Row("CLIPure(mode=per_sample)"),
     Row("clipure(preset=reference)"),
+    Row("clipure_diff", fit=few_steps, atol=1e-2),
+    Row("CLIPureDiff(mode=reference, eta=1, steps=3, low=300)", fit=few_steps, atol=1e-2),
+    Row(f"DiffPure(model='{TINY_UNET}', steps=3)", fit=lambda *_: tiny_unet(), atol=1e-2),
     Row("aom"),
     Row("AOM(lam=0.5, path=geodesic, antithetic=True, draws=4)"),
     Row("AOM(gate=high_noise_drift)", fit=lambda d, clf: d.fit(clf, toy_images(32, size=clf.vlm.image_size, seed=9))),

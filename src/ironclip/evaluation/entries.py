@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 def applicable(job: Job, clf: ZeroShot, data: str) -> tuple[list[Entry], list[dict[str, Any]]]:
     """The defenses that can be run on this model, and those that cannot, each with its reason: no transformer tower, no
-    fitted state, a state of another backbone. Raises that reason as ValueError if the job has one defense only.
+    fitted state, a state of another backbone, a diffusion model or its library not at hand. Raises that reason if the
+    job has one defense only.
     """
     entries: list[Entry] = []
     absent: list[dict[str, Any]] = []
@@ -31,7 +32,7 @@ def applicable(job: Job, clf: ZeroShot, data: str) -> tuple[list[Entry], list[di
         try:
             entry = Entry(defense, load_state(job, defense, clf.vlm))
             entry.defense.apply(clf, entry.state)
-        except ValueError as err:
+        except (ValueError, FileNotFoundError, ImportError) as err:
             if len(job.defenses) == 1:
                 raise
             info = defense.info
