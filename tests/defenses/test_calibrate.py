@@ -197,7 +197,7 @@ def test_the_command_prints_the_spec_and_leaves_a_state_for_bench(
     assert float(state["tau"]) == found.tau != 0.2
     job = Job(vlm="tiny", data=("shapes",), state=str(out))
     for spec, waits in (("TTC", True), ("TTC(steps=3)", True), ("TTC(tau=0.3)", False), ("AOM", False)):
-        assert (load_state(job, spec) is not None) == waits, spec
+        assert (load_state(job, spec, ironclip.load("tiny")) is not None) == waits, spec
     assert fit("TTC", "--out", str(out)) == 0, "a calibration may be made again"
     assert json.loads((out / "ttc.json").read_text(encoding="utf-8"))["state"] == manifest["state"]
     shared = ["bench", "--vlm", "tiny", "--data", "shapes", "--limit", "4", "--json"]

@@ -25,7 +25,7 @@ def test_a_defense_without_its_state_stands_beside_the_others(tmp_path: Path) ->
     assert [r["defense"] for r in results["rows"]] == ["none", "noise"]
     (absent,) = results["not_applicable"]
     assert (absent["vlm"], absent["data"], absent["defense"]) == ("toy-problem", "toys", "tecoa")
-    assert absent["reason"].startswith("tecoa must be fitted first: no tecoa.safetensors for this spec and model in --state ")
+    assert absent["reason"].startswith("tecoa must be fitted first: no tecoa.safetensors for this spec and model in ")
     (block,) = blocks(results)
     fact = f"{absent['title']} not applicable: {absent['reason']}"
     assert fact in block.facts

@@ -53,7 +53,7 @@ def test_bench_reads_the_state(fitted: Path, tmp_path: Path, capsys: pytest.Capt
     assert main(["bench", *shared, "--defenses", "tecoa", "--state", str(fitted)]) == 2
     assert "the state was fitted by TeCoA(eps=1/255, alpha=1/255, steps=1," in capsys.readouterr().err
     assert main(["bench", *shared, "--defenses", "tecoa", "--state", str(tmp_path)]) == 2
-    assert "tecoa must be fitted first: no tecoa.safetensors in --state" in capsys.readouterr().err
+    assert "tecoa must be fitted first: no tecoa.safetensors for this spec and model" in capsys.readouterr().err
 
 
 def test_a_state_of_another_backbone_is_refused(fitted: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ derivative is P in the cost and the potentials in a and b (envelope theorem).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,12 +99,12 @@ def exact(cost: Tensor, a: Tensor, b: Tensor) -> Plan:
     lead = cost.shape[:-2]
     rows_in = a.detach().double().cpu().expand(*lead, n).reshape(-1, n).numpy()
     columns_in = b.detach().double().cpu().expand(*lead, m).reshape(-1, m).numpy()
-    sums = kron(eye_array(n), np.ones((1, m))), kron(np.ones((1, n)), eye_array(m))
-    constraints = vstack(sums, format="csc")
+    sums: Any = kron(eye_array(n), np.ones((1, m))), kron(np.ones((1, n)), eye_array(m))
+    constraints: Any = vstack(sums, format="csc")
     plans, duals, steps = np.empty_like(flat), np.empty((len(flat), n + m)), []
     for i, c in enumerate(flat):
         wanted = np.concatenate([rows_in[i] / rows_in[i].sum(), columns_in[i] / columns_in[i].sum()])
-        found = linprog(c.ravel(), A_eq=constraints, b_eq=wanted, bounds=(0, None), method="highs")
+        found: Any = linprog(c.ravel(), A_eq=constraints, b_eq=wanted, bounds=(0, None), method="highs")
         if not found.success:
             raise RuntimeError(f"the linear programme of problem {i} was not solved: {found.message}")
         plans[i], duals[i] = found.x.reshape(n, m), found.eqlin.marginals
