@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 TRAVEL = {"attack_loss", "attack_forwards", "attack_backwards", "late_gain", "zero_pixels", "l1", "l2", "linf", "dead"}
-TRAVEL |= {"broken_by", "zero_grad"}
+TRAVEL |= {"late", "blank", "blocked", "broken_by", "zero_grad"}
 COMMAND = [sys.executable, "-c", "from ironclip.cli import main; main()", "bench", "--json"]
 
 
@@ -52,10 +52,9 @@ def differences(a: dict[str, list[dict[str, Any]]], b: dict[str, list[dict[str, 
             for key in left.keys() - TRAVEL:
                 compared += 1
                 equal += left[key] == right[key]
-                if isinstance(left[key], float) and key.endswith("margin"):
-                    same = abs(left[key] - right[key]) <= 1e-3 * max(1.0, abs(left[key]))
-                else:
-                    same = left[key] == right[key] or close
+                same = left[key] == right[key] or close
+                if isinstance(left[key], float):
+                    same = same or abs(left[key] - right[key]) <= 1e-3 * max(1.0, abs(left[key]))
                 if not same:
                     wrong.append(f"{name[:8]} {left['sample_id']} {key}: {left[key]} and {right[key]}")
     return compared, equal, wrong
