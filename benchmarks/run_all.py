@@ -15,6 +15,7 @@ RUNS = (
     ("matrix.py",),
     ("memory.py",),
     ("prompts.py", "--images", "8"),
+    ("invariance.py",),
 )
 
 
