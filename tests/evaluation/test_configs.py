@@ -71,7 +71,9 @@ def test_every_matrix_can_be_planned_without_weights_and_data(
     if name == "robustvlm":
         changes["attacks"] = "table2-pgd10"  # counting APGD-T takes a minute
     else:
-        changes["defenses"] = "none,tecoa"  # the other methods are counted in the same way
+        changes["defenses"] = (
+            "none,TeCoA(eps=7/255)"  # a state that does not ship
+        )
     jobs = list(load_matrix(name, **changes).jobs)
     plan = plan_jobs(jobs, tmp_path / "store")
     far = sorted({str(j.vlm) for j in jobs if j.vlm.partition(":")[0] not in EMBEDDED})
@@ -87,7 +89,7 @@ def test_every_matrix_can_be_planned_without_weights_and_data(
             assert static
             known = [s for s in static if s["n"] is not None]
             assert all(s["attack_forwards"] + s["forwards"] > 0 for s in known if s["defense"] == "none")
-    if "tecoa" in changes.get("defenses", ""):
+    if "TeCoA" in changes.get("defenses", ""):
         assert {a["defense"] for a in plan["not_applicable"]} == {"tecoa"}
         assert all("must be fitted first" in a["reason"] for a in plan["not_applicable"])
     monkeypatch.setattr("ironclip.cli.plan.plan_jobs", lambda *a: plan)

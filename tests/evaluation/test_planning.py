@@ -117,7 +117,7 @@ def test_missing_models_data_and_states_are_listed(tmp_path: Path, capsys: pytes
     file = tmp_path / "far.toml"
     file.write_text(
         f'[[block]]\nvlm = "hf:{tmp_path}/none"\ndata = ["pets", "folder:nowhere/dev", "shapes"]\n'
-        'defenses = ["none", "tecoa"]\nbudget = "smoke"\nlimit = 1000\n'
+        'defenses = ["none", "TeCoA(eps=7/255)"]\nbudget = "smoke"\nlimit = 1000\n'
     )
     assert main(["run", str(file), "--dry-run", "--store", str(tmp_path / "store"), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)

@@ -32,7 +32,10 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def at_most(hours: float | None) -> Iterator[None]:
-    """After ``hours`` the block is interrupted and the command ends with 130. Raises ValueError for 0 or less."""
+    """After ``hours`` the block is interrupted and the command ends with 130. Raises ValueError for 0 or less.
+
+    It belongs inside ``terminable``, whose handler it calls.
+    """
     if hours is None:
         yield
         return
@@ -42,7 +45,7 @@ def at_most(hours: float | None) -> Iterator[None]:
 
     def stop() -> None:
         over.set()
-        _thread.interrupt_main()
+        _thread.interrupt_main(signal.SIGTERM)  # SIGINT is ignored in commands that a shell has put in the background
 
     timer = threading.Timer(3600 * hours, stop)
     timer.daemon = True
