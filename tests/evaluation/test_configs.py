@@ -71,9 +71,7 @@ def test_every_matrix_can_be_planned_without_weights_and_data(
     if name == "robustvlm":
         changes["attacks"] = "table2-pgd10"  # counting APGD-T takes a minute
     else:
-        changes["defenses"] = (
-            "none,TeCoA(eps=7/255)"  # a state that does not ship
-        )
+        changes["defenses"] = "none,TeCoA(eps=7/255)"  # a state that does not ship
     jobs = list(load_matrix(name, **changes).jobs)
     plan = plan_jobs(jobs, tmp_path / "store")
     far = sorted({str(j.vlm) for j in jobs if j.vlm.partition(":")[0] not in EMBEDDED})
