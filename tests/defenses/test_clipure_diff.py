@@ -271,7 +271,7 @@ def test_bad_fields(fields: str, message: str) -> None:
 
 def test_bad_states_and_images(fitted: tuple[ZeroShot, State]) -> None:
     clf, state = fitted
-    with pytest.raises(ValueError, match="clipure_diff must be fitted first; run ironclip fit clipure_diff"):
+    with pytest.raises(ValueError, match="clipure_diff must be fitted first; run ironclip fit 'clipure_diff'"):
         SMALL.apply(clf)
     with pytest.raises(ValueError, match=r"fitted by CLIPureDiff\(width=8, .*, not by CLIPureDiff\(width=256, "):
         CLIPureDiff().apply(clf, state)

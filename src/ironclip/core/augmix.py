@@ -15,13 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ironclip.core.grad import forwarded
 from ironclip.core.rng import SampleRNG
 
 CHAINS, DEPTH = 3, 3
-
-
-def _straight(value: Tensor, x: Tensor) -> Tensor:
-    return x + (value - x).detach()
 
 
 def autocontrast(x: Tensor, level: Tensor) -> Tensor:
@@ -40,12 +37,12 @@ def equalize(x: Tensor, level: Tensor) -> Tensor:
     step = (grey.shape[2] - last) // 255
     table = (counts.cumsum(2) - counts + step // 2) // step.clamp(min=1)
     made = table.clamp(max=255).gather(2, grey).view(x.shape).to(x) / 255
-    return _straight(torch.where((step > 0).unsqueeze(-1), made, x), x)
+    return forwarded(torch.where((step > 0).unsqueeze(-1), made, x), x)
 
 
 def posterize(x: Tensor, level: Tensor) -> Tensor:
     """The four highest of eight bits, whatever the level: at this severity the rule always rounds to four."""
-    return _straight((x * 255).round().div(16).floor() * 16 / 255, x)
+    return forwarded((x * 255).round().div(16).floor() * 16 / 255, x)
 
 
 def solarize(x: Tensor, level: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ironclip.core.grad import forwarded
+
 
 def gaussian_blur(x: Tensor, sigma: float, size: int = 5) -> Tensor:
     """Gaussian of standard deviation ``sigma`` pixels on a ``size`` x ``size`` window, edges mirrored. Linear in x."""
@@ -86,7 +88,7 @@ def jpeg_smooth(x: Tensor, quality: int) -> Tensor:
 
 
 def _through(values: Tensor) -> Tensor:
-    return values + (values.round() - values).detach()
+    return forwarded(values.round(), values)
 
 
 def _table(base: tuple[tuple[int, ...], ...], quality: int) -> Tensor:

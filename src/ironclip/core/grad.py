@@ -15,6 +15,11 @@ from ironclip.core.rng import SampleRNG
 Fn = Callable[[Tensor, "SampleRNG | None"], Tensor]
 
 
+def forwarded(value: Tensor, backward: Tensor) -> Tensor:
+    """Exactly ``value`` going forward, the derivative of ``backward`` going back (Athalye et al. 2018)."""
+    return value.detach() + (backward - backward.detach())
+
+
 @dataclass(frozen=True, eq=False)
 class Grad:
     """``out``: (b, k) mean output over draws; ``loss``: (b,) mean loss; ``grad``: like x, mean gradient; ``draws``."""

@@ -9,6 +9,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from ironclip.core.grad import forwarded
+
 _FORM = re.compile(r"(native|file):(\d+)")
 
 
@@ -43,7 +45,7 @@ class Space:
         Rounding passes the gradient straight through (BPDA); resizing is differentiated.
         """
         if self.kind == "file":
-            x = x + ((x * 255).round() / 255 - x).detach()
+            x = forwarded((x * 255).round() / 255, x)
         if self.kind != "model-input" and x.shape[-2:] != (size, size):
             x = F.interpolate(x, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0.0, 1.0)
         return x

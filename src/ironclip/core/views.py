@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ironclip.core.grad import forwarded
 from ironclip.core.rng import SampleRNG
 from ironclip.core.types import Classifier
 from ironclip.core.zeroshot import ZeroShot
@@ -112,7 +113,7 @@ class Quantized:
     levels: int = 255
 
     def __call__(self, x: Tensor, rng: SampleRNG | None = None) -> Tensor:
-        return self.base(x + ((x * self.levels).round() / self.levels - x).detach(), rng)
+        return self.base(forwarded((x * self.levels).round() / self.levels, x), rng)
 
 
 def quantized(clf: Classifier, levels: int = 255) -> Classifier:

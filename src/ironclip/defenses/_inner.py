@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ironclip.core.ball import project_delta, unit_step
-from ironclip.core.grad import second_order, wants_graph
+from ironclip.core.grad import forwarded, second_order, wants_graph
 from ironclip.core.vlm import VLM
 
 
@@ -60,9 +60,10 @@ def checkpointed(step: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     return out
 
 
-def forwarded(value: Tensor, backward: Tensor) -> Tensor:
-    """Exactly ``value`` going forward, the derivative of ``backward`` going back (Athalye et al. 2018)."""
-    return value.detach() + (backward - backward.detach())
+def smooth_signs(step: Tensor, grad: Tensor, kappa: float) -> Tensor:
+    """The signs ``step`` of ``grad`` (b, ...) with the derivative of tanh(kappa grad / mean|grad|), mean per image."""
+    size = grad.abs().flatten(1).mean(dim=1).clamp(min=1e-30).view(-1, 1, 1, 1)
+    return forwarded(step, torch.tanh(kappa * grad / size))
 
 
 def boxed(x: Tensor, delta: Tensor) -> Tensor:
@@ -105,8 +106,7 @@ def counterattack(
         grad = inner_gradient(distance, delta, keep)
         step = unit_step(grad, norm)
         if keep and norm == "linf":
-            size = grad.abs().flatten(1).mean(dim=1).clamp(min=1e-30).view(-1, 1, 1, 1)
-            step = forwarded(step, torch.tanh((kappa or 1.0) * grad / size))
+            step = smooth_signs(step, grad, kappa or 1.0)
         return boxed(x, project_delta(delta + alpha * step, eps, norm)) - x
 
     for weight in weights[1:]:

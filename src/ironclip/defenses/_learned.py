@@ -23,7 +23,7 @@ from ironclip.core.spec import full_text
 from ironclip.core.types import Info, State
 from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
-from ironclip.defenses._train import BASE, RECIPE, check_base, finetuned, fingerprint
+from ironclip.defenses._train import BASE, RECIPE, as_bytes, check_base, checked_state, finetuned, fingerprint
 
 NAME = "context"
 VECTORS, CLASSES, TOWER = f"extra.{NAME}", "prompt.classes", "tower.sha256"
@@ -98,7 +98,7 @@ class LearnedPrompt:
     def _finished(self, clf: ZeroShot, learned: State) -> State:
         """What is stored: the vectors, whose they are, and how they were learned."""
         names = list(clf.class_names) if self.context == "class_specific" else []
-        marks = {CLASSES: _bytes(json.dumps(names)), BASE: fingerprint(clf.vlm), RECIPE: _bytes(self._trained_as())}
+        marks = {CLASSES: as_bytes(json.dumps(names)), BASE: fingerprint(clf.vlm), RECIPE: as_bytes(self._trained_as())}
         return {**learned, **marks, **self._tower_mark()}
 
     def _tower_mark(self) -> State:
@@ -116,12 +116,7 @@ class LearnedPrompt:
         Raises ValueError without a state, and for one of another model, tower or spec; with prompts of each class, for
         classes that it has no prompts of.
         """
-        name = self.info.name
-        if state is None:
-            raise ValueError(f"{name} must be fitted first; run ironclip fit {name!r}, or pass state=defense.fit(...)")
-        told = bytes(state[RECIPE].tolist()).decode() if RECIPE in state else self._trained_as()
-        if told != self._trained_as():
-            raise ValueError(f"the state was fitted by {told}, not by {self._trained_as()}; write the former")
+        state = checked_state(state, self.info.name, self._trained_as())
         check_base(clf.vlm, state)
         mine, theirs = self._tower_mark().get(TOWER), state.get(TOWER)
         if (mine is None) != (theirs is None) or (mine is not None and not torch.equal(mine, theirs.cpu())):  # type: ignore[union-attr]
@@ -149,10 +144,6 @@ def _rows(vectors: Tensor, listed: str, clf: ZeroShot) -> Tensor:
             "these classes, or use context=unified"
         )
     return vectors[[names.index(n) for n in clf.class_names]]
-
-
-def _bytes(text: str) -> Tensor:
-    return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
 def trainable(vlm: VLM) -> dict[str, torch.nn.Parameter]:

@@ -147,18 +147,63 @@ def finetuned(clf: ZeroShot, state: State, mix_alpha: float = 1.0) -> ZeroShot:
     return clf.with_vlm(new)
 
 
+USUAL = Loop(steps=1000, batch_size=32, lr=1e-4, weight_decay=1e-4, warmup=70, clip_norm=1.0)
+"""The loop that the fine-tuning methods start from."""
+
+
+def as_bytes(text: str) -> Tensor:
+    """Text as a tensor of a state."""
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def checked_state(state: State | None, name: str, recipe: str) -> State:
+    """A state that the spec ``recipe`` made. Raises ValueError without one, and for one of other hyperparameters."""
+    if state is None:
+        raise ValueError(f"{name} must be fitted first; run ironclip fit {name!r}, or pass state=defense.fit(...)")
+    told = bytes(state[RECIPE].tolist()).decode() if RECIPE in state else recipe
+    if told != recipe:
+        raise ValueError(f"the state was fitted by {told}, not by {recipe}; write the former")
+    return state
+
+
 class FineTuned:
     """``fit``, ``fitted`` and ``apply`` for a method with ``plan(clf, loop) -> Plan``.
 
     The class brings ``info``, ``LABELS`` (False where it reads none: then ``clf`` needs no class weights), fields
-    ``recipe`` (a name in ``LOOPS``, used where no loop is given) and ``mix_alpha``.
+    ``recipe`` (a name in ``LOOPS``, used where no loop is given), ``mix_alpha`` and those of ``Inner``; its
+    ``__post_init__`` calls ``settle``. Fields ``label_space`` and ``template`` are checked where it has them.
     """
 
     info: ClassVar[Info]
     LOOPS: ClassVar[Mapping[str, Loop]]
     LABELS: ClassVar[bool] = True
+    eps: Fraction
+    alpha: Fraction
+    steps: int
+    norm: str
+    start: str
     recipe: str
     mix_alpha: float
+
+    @property
+    def inner(self) -> Inner:
+        """The attack inside training."""
+        return Inner(self.eps, self.alpha, self.steps, self.norm, self.start)
+
+    def settle(self) -> None:
+        """Check the fields that these methods share and keep budgets as fractions. Raises ValueError."""
+        inner = self.inner
+        object.__setattr__(self, "eps", inner.eps)
+        object.__setattr__(self, "alpha", inner.alpha)
+        check_choice(self.recipe, self.LOOPS, "recipe")
+        check_choice(getattr(self, "label_space", "joined"), ("joined", "per_set"), "label_space")
+        if not 0 <= self.mix_alpha <= 1:
+            raise ValueError(
+                f"mix_alpha must lie in [0, 1], got {self.mix_alpha}: 0 is the clean model, 1 the fitted one"
+            )
+        template = getattr(self, "template", "")
+        if template and template.count("{}") != 1:
+            raise ValueError(f"template needs exactly one {{}}, got {template!r}; write 'This is a photo of a {{}}'")
 
     def plan(self, clf: ZeroShot, loop: Loop) -> Plan:
         """The attack and the loss on this model."""
@@ -179,8 +224,7 @@ class FineTuned:
         used, source = loop or self.loop(), cast_source(data)
         made = self.plan(clf, used)
         state = finetune(made, source, loop=used, seed=seed, recipe=self._trained_as(), session=session)
-        told = torch.tensor(list(self._trained_as().encode()), dtype=torch.uint8)
-        return {**state, BASE: fingerprint(clf.vlm), RECIPE: told}
+        return {**state, BASE: fingerprint(clf.vlm), RECIPE: as_bytes(self._trained_as())}
 
     def _trained_as(self) -> str:
         """The spec without what does not touch the weights."""
@@ -191,13 +235,7 @@ class FineTuned:
 
         Raises ValueError without a state, and for one of another backbone or of other hyperparameters.
         """
-        name = self.info.name
-        if state is None:
-            raise ValueError(f"{name} must be fitted first; run ironclip fit {name!r}, or pass state=defense.fit(...)")
-        told = bytes(state[RECIPE].tolist()).decode() if RECIPE in state else self._trained_as()
-        if told != self._trained_as():
-            raise ValueError(f"the state was fitted by {told}, not by {self._trained_as()}; write the former")
-        return finetuned(clf, state, self.mix_alpha)
+        return finetuned(clf, checked_state(state, self.info.name, self._trained_as()), self.mix_alpha)
 
     def apply(self, clf: ZeroShot, state: State | None = None) -> ZeroShot:
         """The same: fine-tuned weights are the whole defense."""
@@ -210,12 +248,3 @@ def cast_source(data: Any) -> Source:
         raise ValueError(f"data must be an open data set such as ironclip.load_data(...), got {type(data).__name__}")
     source: Source = data
     return source
-
-
-def check_common(recipe: str, loops: Mapping[str, Loop], mix_alpha: float, template: str) -> None:
-    """The fields that every fine-tuning method has. Raises ValueError."""
-    check_choice(recipe, loops, "recipe")
-    if not 0 <= mix_alpha <= 1:
-        raise ValueError(f"mix_alpha must lie in [0, 1], got {mix_alpha}: 0 is the clean model, 1 the fitted one")
-    if template and template.count("{}") != 1:
-        raise ValueError(f"template needs exactly one {{}}, got {template!r}; write 'This is a photo of a {{}}'")

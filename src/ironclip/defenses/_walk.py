@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ironclip.core.grad import wants_graph
-from ironclip.defenses._inner import boxed, checkpointed, forwarded, inner_gradient
+from ironclip.core.grad import forwarded, wants_graph
+from ironclip.defenses._inner import boxed, checkpointed, inner_gradient, smooth_signs
 
 
 def sign_walk(
@@ -34,8 +34,7 @@ def sign_walk(
         grad = inner_gradient(objective, x + delta, keep)
         step = grad.sign()
         if keep:
-            size = grad.abs().flatten(1).mean(dim=1).clamp(min=1e-30).view(-1, 1, 1, 1)
-            step = forwarded(step, torch.tanh((kappa or 1.0) * grad / size))
+            step = smooth_signs(step, grad, kappa or 1.0)
         delta = delta + alpha * step
         if eps is not None:
             delta = delta.clamp(-eps, eps)

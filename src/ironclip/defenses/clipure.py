@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ironclip.core.check import check_choice, check_images
+from ironclip.core.grad import forwarded
 from ironclip.core.rng import SampleRNG
 from ironclip.core.spec import method
 from ironclip.core.types import Info, State
 from ironclip.core.views import Defended
 from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
-from ironclip.defenses._inner import forwarded
 
 Purify = Callable[[Tensor], Tensor]
 """Unit features (b, d) to purified unit features."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ironclip.core.check import check_choice, check_images
 from ironclip.core.diffusion import cosine_kept, noised
-from ironclip.core.grad import wants_graph
+from ironclip.core.grad import forwarded, wants_graph
 from ironclip.core.loop import Loop
 from ironclip.core.rng import SampleRNG, rng_or_rows
 from ironclip.core.spec import method
@@ -29,9 +29,9 @@ from ironclip.core.views import Defended
 from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
 from ironclip.defenses._bank import OBJECTIVES, bank_of, build_rows, load_bank
-from ironclip.defenses._inner import checkpointed, forwarded, inner_gradient
+from ironclip.defenses._inner import checkpointed, inner_gradient
 from ironclip.defenses._prior import STEPS, Prior, denoising_loss, hub_prior, initial, own_prior
-from ironclip.defenses._train import BASE, RECIPE, cast_source, check_base, fingerprint
+from ironclip.defenses._train import BASE, RECIPE, as_bytes, cast_source, check_base, checked_state, fingerprint
 from ironclip.defenses.clipure import null_prompts
 from ironclip.training.feed import Batch
 from ironclip.training.finetune import Plan, Session, finetune
@@ -154,8 +154,7 @@ class CLIPureDiff:
 
         plan = Plan(clf, lambda _student, batch: batch.x, loss, towers=(), labels=False, extra=first)
         learned = finetune(plan, bank, loop=used, seed=seed, recipe=self._trained_as(), session=session)
-        told = torch.tensor(list(self._trained_as().encode()), dtype=torch.uint8)
-        return {**learned, BASE: fingerprint(vlm), RECIPE: told}
+        return {**learned, BASE: fingerprint(vlm), RECIPE: as_bytes(self._trained_as())}
 
     def apply(self, clf: ZeroShot, state: State | None = None) -> Defended:
         """The purifying classifier; randomised, and batchwise in reference mode only."""
@@ -173,13 +172,7 @@ class CLIPureDiff:
             if not self.needs_state:
                 null = clf.vlm.encode_text(null_prompts(clf, self.null), normalize=False).mean(dim=0)
                 return hub_prior(self.prior, clf, null)
-            if state is None:
-                raise ValueError(
-                    "clipure_diff must be fitted first; run ironclip fit clipure_diff, or pass state=defense.fit(...)"
-                )
-            told = bytes(state[RECIPE].tolist()).decode() if RECIPE in state else self._trained_as()
-            if told != self._trained_as():
-                raise ValueError(f"the state was fitted by {told}, not by {self._trained_as()}; write the former")
+            state = checked_state(state, self.info.name, self._trained_as())
             check_base(clf.vlm, state)
             weights = {k.removeprefix(EXTRA): v for k, v in state.items() if k.startswith(EXTRA)}
             return own_prior({k: v.to(clf.vlm.device, torch.float32) for k, v in weights.items()})

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ironclip.core.augment import random_views
 from ironclip.core.check import check_choice, check_images
+from ironclip.core.grad import forwarded
 from ironclip.core.rng import SampleRNG, rng_or_rows
 from ironclip.core.spec import method
 from ironclip.core.subspace import leading_directions
@@ -38,7 +39,6 @@ from ironclip.defenses._descriptions import (
     signed,
     text_entropies,
 )
-from ironclip.defenses._inner import forwarded
 
 CELLS = 8_000_000
 """Entries of the cost array that are held at a time: classes are worked through in chunks of so many."""

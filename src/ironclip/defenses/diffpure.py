@@ -19,14 +19,14 @@ from torch import Tensor
 
 from ironclip.core.check import check_choice, check_images
 from ironclip.core.diffusion import PREDICTIONS, ancestral, clean_of, noised
-from ironclip.core.grad import wants_graph
+from ironclip.core.grad import forwarded, wants_graph
 from ironclip.core.rng import SampleRNG, rng_or_rows
 from ironclip.core.spec import method
 from ironclip.core.types import Info, State
 from ironclip.core.views import Defended
 from ironclip.core.zeroshot import ZeroShot
 from ironclip.defenses._diffusers import from_hub, need_diffusers
-from ironclip.defenses._inner import checkpointed, forwarded
+from ironclip.defenses._inner import checkpointed
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ nothing in linf but on pixels of zero gradient; the first step is warmed up like
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ from ironclip.core.spec import method
 from ironclip.core.types import Info
 from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
-from ironclip.defenses._train import FineTuned, Inner, check_common
+from ironclip.defenses._train import USUAL, FineTuned, Inner
 from ironclip.training.feed import Batch
 from ironclip.training.finetune import Plan
 
@@ -63,7 +64,7 @@ class FARE(FineTuned):
         "reference": {"eps": Fraction(4, 255), "momentum": 0.9, "box_start": False, "recipe": "reference"},
     }
     LOOPS: ClassVar[Mapping[str, Loop]] = {
-        "default": Loop(steps=1000, batch_size=32, lr=1e-4, weight_decay=1e-4, warmup=70),
+        "default": replace(USUAL, clip_norm=None),
         "reference": Loop(
             steps=20_000,
             batch_size=128,
@@ -92,13 +93,10 @@ class FARE(FineTuned):
     def __post_init__(self) -> None:
         if self.start == "zero":
             raise ValueError("start=zero has exactly zero gradient while student and teacher agree; use start=uniform")
-        inner = self.inner
-        object.__setattr__(self, "eps", inner.eps)
-        object.__setattr__(self, "alpha", inner.alpha)
+        self.settle()
         check_choice(self.loss, ("l2", "l1"), "loss")
         if not 0 <= self.clean_weight <= 1:
             raise ValueError(f"clean_weight must lie in [0, 1], got {self.clean_weight}; 0 is the published loss")
-        check_common(self.recipe, self.LOOPS, self.mix_alpha, "")
 
     @property
     def inner(self) -> Inner:

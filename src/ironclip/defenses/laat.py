@@ -41,7 +41,7 @@ from ironclip.core.spec import method
 from ironclip.core.types import Info, State
 from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
-from ironclip.defenses._train import FineTuned, Inner, check_common, cross_entropy, logits, prompted
+from ironclip.defenses._train import USUAL, FineTuned, cross_entropy, logits, prompted
 from ironclip.training.feed import Batch
 from ironclip.training.finetune import Plan
 
@@ -85,7 +85,7 @@ class LAAT(FineTuned):
         momentum=0.9, hold_out=256,
     )  # fmt: skip
     LOOPS: ClassVar[Mapping[str, Loop]] = {
-        "default": Loop(steps=1000, batch_size=32, lr=1e-4, weight_decay=1e-4, warmup=70, clip_norm=1.0),
+        "default": USUAL,
         "reference": _EPOCHS,
         "intended": replace(_EPOCHS, drops=(0.6, 0.8)),
     }
@@ -103,20 +103,12 @@ class LAAT(FineTuned):
     mix_alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        inner = self.inner
-        object.__setattr__(self, "eps", inner.eps)
-        object.__setattr__(self, "alpha", inner.alpha)
+        self.settle()
         if self.tau <= 0:
             raise ValueError(f"tau must be positive, got {self.tau}; write 0.07, or 1 as published")
         if self.smooth < 0:
             raise ValueError(f"smooth must not be negative, got {self.smooth}; write 1")
         check_choice(self.anchors, ANCHORS, "anchors")
-        check_common(self.recipe, self.LOOPS, self.mix_alpha, self.template)
-
-    @property
-    def inner(self) -> Inner:
-        """The attack inside training."""
-        return Inner(self.eps, self.alpha, self.steps, self.norm, self.start)
 
     def plan(self, clf: ZeroShot, loop: Loop) -> Plan:
         """Attack and minimise the cross-entropy with the anchors of ``clf``'s classes.

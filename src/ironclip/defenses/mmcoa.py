@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any, ClassVar
 
@@ -31,7 +32,7 @@ from ironclip.core.types import Info
 from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
 from ironclip.defenses._mmcoa import Sentences, contrastive, scale_of
-from ironclip.defenses._train import FineTuned, Inner, check_common
+from ironclip.defenses._train import USUAL, FineTuned
 from ironclip.training.feed import Batch
 from ironclip.training.finetune import Plan
 
@@ -79,7 +80,7 @@ class MMCoA(FineTuned):
         },
     }
     LOOPS: ClassVar[Mapping[str, Loop]] = {
-        "default": Loop(steps=1000, batch_size=64, lr=1e-4, weight_decay=1e-4, warmup=70, clip_norm=1.0),
+        "default": replace(USUAL, batch_size=64),
         "reference": Loop(
             steps=5880,
             batch_size=256,
@@ -115,9 +116,7 @@ class MMCoA(FineTuned):
     mix_alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        inner = self.inner
-        object.__setattr__(self, "eps", inner.eps)
-        object.__setattr__(self, "alpha", inner.alpha)
+        self.settle()
         for name in ("lam_i", "lam_t"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}; write 0 to leave it out")
@@ -126,14 +125,7 @@ class MMCoA(FineTuned):
         if self.text_rate <= 0:
             raise ValueError(f"text_rate must be positive, got {self.text_rate}; write towers=image to keep the texts")
         check_choice(self.towers, ("both", "image"), "towers")
-        check_choice(self.label_space, ("joined", "per_set"), "label_space")
-        check_common(self.recipe, self.LOOPS, self.mix_alpha, self.template)
         _ = self.swap  # refuses its bad fields
-
-    @property
-    def inner(self) -> Inner:
-        """The attack on images."""
-        return Inner(self.eps, self.alpha, self.steps, self.norm, self.start)
 
     @property
     def swap(self) -> WordSwap:

@@ -32,17 +32,7 @@ from ironclip.core.spec import method
 from ironclip.core.types import Info, State
 from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
-from ironclip.defenses._train import (
-    MEAN,
-    STD,
-    FineTuned,
-    Inner,
-    check_common,
-    cross_entropy,
-    logits,
-    prompted,
-    renormalised,
-)
+from ironclip.defenses._train import MEAN, STD, USUAL, FineTuned, cross_entropy, logits, prompted, renormalised
 from ironclip.training.feed import Batch
 from ironclip.training.finetune import Plan
 
@@ -89,7 +79,7 @@ class PMGAFT(FineTuned):
         },
     }
     LOOPS: ClassVar[Mapping[str, Loop]] = {
-        "default": Loop(steps=1000, batch_size=32, lr=1e-4, weight_decay=1e-4, warmup=70, clip_norm=1.0),
+        "default": USUAL,
         "reference": Loop(
             steps=3900, batch_size=256, lr=5e-5, warmup=1000, optimizer="sgd", momentum=0.9, hold_out=256
         ),
@@ -114,9 +104,7 @@ class PMGAFT(FineTuned):
     mix_alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        inner = self.inner
-        object.__setattr__(self, "eps", inner.eps)
-        object.__setattr__(self, "alpha", inner.alpha)
+        self.settle()
         for name in ("kl_teacher", "kl_clean"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}; write 1")
@@ -126,13 +114,6 @@ class PMGAFT(FineTuned):
         check_choice(self.direction, ("target_student", "student_target"), "direction")
         check_choice(self.teacher_view, ("adversarial", "clean"), "teacher_view")
         check_choice(self.statistics, ("model", "imagenet"), "statistics")
-        check_choice(self.label_space, ("joined", "per_set"), "label_space")
-        check_common(self.recipe, self.LOOPS, self.mix_alpha, self.template)
-
-    @property
-    def inner(self) -> Inner:
-        """The attack inside training."""
-        return Inner(self.eps, self.alpha, self.steps, self.norm, self.start)
 
     def plan(self, clf: ZeroShot, loop: Loop) -> Plan:
         """Attack the cross-entropy; minimise it with both divergences. ``clf``'s image tower is the teacher."""

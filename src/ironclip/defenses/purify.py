@@ -17,14 +17,13 @@ from torch import Tensor
 
 from ironclip.core.check import check_choice, check_images
 from ironclip.core.filters import gaussian_blur, jpeg_file, jpeg_smooth, low_pass, median
-from ironclip.core.grad import wants_graph
+from ironclip.core.grad import forwarded, wants_graph
 from ironclip.core.rng import SampleRNG
 from ironclip.core.spec import method
 from ironclip.core.types import Info, State
 from ironclip.core.views import Defended
 from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
-from ironclip.defenses._inner import forwarded
 
 FILTERS = ("low_pass", "jpeg", "median", "blur", "bits")
 

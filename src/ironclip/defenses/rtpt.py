@@ -17,13 +17,12 @@ from torch import Tensor
 from ironclip.core.augment import crop_views, draw_crops
 from ironclip.core.augmix import draw_mixes, mix_views
 from ironclip.core.check import check_choice, check_images
-from ironclip.core.grad import wants_graph
+from ironclip.core.grad import forwarded, wants_graph
 from ironclip.core.prompts import SoftPrompts
 from ironclip.core.rng import SampleRNG, rng_or_rows
 from ironclip.core.spec import method
 from ironclip.core.types import Info, State
 from ironclip.core.zeroshot import ZeroShot
-from ironclip.defenses._inner import forwarded
 from ironclip.defenses._prompts import AdamW, Texts, Tuned, along, encode_views, entropies, most_confident, picked
 
 

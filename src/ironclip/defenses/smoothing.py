@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from ironclip.core.check import check_choice, check_images
-from ironclip.core.grad import wants_graph
+from ironclip.core.grad import forwarded, wants_graph
 from ironclip.core.rng import SampleRNG, rng_or_rows
 from ironclip.core.spec import method
 from ironclip.core.types import Info, State, prediction
 from ironclip.core.views import Scored
 from ironclip.core.zeroshot import ZeroShot
-from ironclip.defenses._inner import forwarded
 
 ROWS = 64
 """Noised copies are encoded together up to this many images."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ironclip.core.augment import Crops, crop_views, draw_crops
 from ironclip.core.check import as_fraction, check_choice, check_eps, check_images
-from ironclip.core.grad import second_order, wants_graph
+from ironclip.core.grad import forwarded, second_order, wants_graph
 from ironclip.core.hooks import class_token_only
 from ironclip.core.loop import Loop
 from ironclip.core.rng import SampleRNG, rng_or_rows
@@ -26,7 +26,6 @@ from ironclip.core.spec import method
 from ironclip.core.types import Info, State
 from ironclip.core.zeroshot import ZeroShot
 from ironclip.defenses._deep import block_inputs, distance, entropy_of_mean, visual_prompts, with_prompts
-from ironclip.defenses._inner import forwarded
 from ironclip.defenses._prompts import ROWS, AdamW, Tuned, along, encode_views, most_confident
 from ironclip.defenses._tapt_state import Prompts, Reference, assembled, fit_prompts
 

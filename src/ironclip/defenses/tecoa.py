@@ -22,13 +22,12 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from ironclip.core.check import check_choice
 from ironclip.core.loop import Loop
 from ironclip.core.spec import method
 from ironclip.core.types import Info
 from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
-from ironclip.defenses._train import FineTuned, Inner, check_common, cross_entropy, logits, prompted
+from ironclip.defenses._train import USUAL, FineTuned, cross_entropy, logits, prompted
 from ironclip.training.feed import Batch
 from ironclip.training.finetune import Plan
 
@@ -62,7 +61,7 @@ class TeCoA(FineTuned):
         },
     }
     LOOPS: ClassVar[Mapping[str, Loop]] = {
-        "default": Loop(steps=1000, batch_size=32, lr=1e-4, weight_decay=1e-4, warmup=70, clip_norm=1.0),
+        "default": USUAL,
         "reference": Loop(
             steps=50_000, batch_size=256, lr=1e-5, warmup=1000, optimizer="sgd", momentum=0.9, hold_out=256
         ),
@@ -80,16 +79,7 @@ class TeCoA(FineTuned):
     mix_alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        inner = self.inner
-        object.__setattr__(self, "eps", inner.eps)
-        object.__setattr__(self, "alpha", inner.alpha)
-        check_choice(self.label_space, ("joined", "per_set"), "label_space")
-        check_common(self.recipe, self.LOOPS, self.mix_alpha, self.template)
-
-    @property
-    def inner(self) -> Inner:
-        """The attack inside training."""
-        return Inner(self.eps, self.alpha, self.steps, self.norm, self.start)
+        self.settle()
 
     def plan(self, clf: ZeroShot, loop: Loop) -> Plan:
         """Attack and minimise the cross-entropy of ``clf``'s classes."""

@@ -35,7 +35,7 @@ from ironclip.core.spec import method
 from ironclip.core.types import Info
 from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
-from ironclip.defenses._train import FineTuned, Inner, check_common, cross_entropy, logits, prompted
+from ironclip.defenses._train import USUAL, FineTuned, cross_entropy, logits, prompted
 from ironclip.training.feed import Batch
 from ironclip.training.finetune import Plan
 
@@ -72,7 +72,7 @@ class TGAZSR(FineTuned):
         "aa-table": {**_CODE, "constraint": 0.009},
     }
     LOOPS: ClassVar[Mapping[str, Loop]] = {
-        "default": Loop(steps=1000, batch_size=32, lr=1e-4, weight_decay=1e-4, warmup=70, clip_norm=1.0),
+        "default": USUAL,
         "reference": Loop(
             steps=7820, batch_size=128, lr=1e-4, warmup=1000, optimizer="sgd", momentum=0.9, hold_out=256
         ),
@@ -94,9 +94,7 @@ class TGAZSR(FineTuned):
     mix_alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        inner = self.inner
-        object.__setattr__(self, "eps", inner.eps)
-        object.__setattr__(self, "alpha", inner.alpha)
+        self.settle()
         for name in ("refinement", "constraint"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}; write 0.05")
@@ -105,12 +103,6 @@ class TGAZSR(FineTuned):
         check_choice(self.distance, DISTANCES, "distance")
         if self.size < 1:
             raise ValueError(f"size must be 1 or more, got {self.size}; write 224")
-        check_common(self.recipe, self.LOOPS, self.mix_alpha, self.template)
-
-    @property
-    def inner(self) -> Inner:
-        """The attack inside training."""
-        return Inner(self.eps, self.alpha, self.steps, self.norm, self.start)
 
     def maps(self, tokens: Tensor, text: Tensor) -> Tensor:
         """(b, p) maps of tokens (b, 1 + p, d) for unit texts (b, d); not enlarged."""

@@ -26,7 +26,7 @@ from ironclip.core.types import Info, State
 from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
 from ironclip.defenses._tima import NAMES, Terms, bytes_of, cosine_margins, start_of, tuned_weights
-from ironclip.defenses._train import RECIPE, FineTuned, Inner, cast_source, check_common, prompted
+from ironclip.defenses._train import RECIPE, USUAL, FineTuned, cast_source, prompted
 from ironclip.training.feed import Batch, Feed
 from ironclip.training.finetune import Plan, Session
 
@@ -83,7 +83,7 @@ class TIMA(FineTuned):
         "wide": {"eps": Fraction(4, 255), "steps": 10},
     }
     LOOPS: ClassVar[Mapping[str, Loop]] = {
-        "default": Loop(steps=1000, batch_size=32, lr=1e-4, weight_decay=1e-4, warmup=70, clip_norm=1.0),
+        "default": USUAL,
         "reference": Loop(
             steps=50_000, batch_size=256, lr=1e-5, warmup=1000, optimizer="sgd", momentum=0.9, hold_out=256
         ),
@@ -122,9 +122,7 @@ class TIMA(FineTuned):
     mix_alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        inner = self.inner
-        object.__setattr__(self, "eps", inner.eps)
-        object.__setattr__(self, "alpha", inner.alpha)
+        self.settle()
         object.__setattr__(self, "eps_target", check_eps(self.eps_target, self.norm, "eps_target"))
         for name, valid in WORDS.items():
             check_choice(getattr(self, name), valid, name)
@@ -142,12 +140,6 @@ class TIMA(FineTuned):
             raise ValueError(f"eps_target must be above eps={self.eps} for margin=asam, got {self.eps_target}")
         if self.order == "alternating" and not self.w_e + self.w_i + self.w_s:
             raise ValueError("order=alternating has nothing to do for the texts; set w_e, w_i or w_s above 0")
-        check_common(self.recipe, self.LOOPS, self.mix_alpha, self.template)
-
-    @property
-    def inner(self) -> Inner:
-        """The attack inside training."""
-        return Inner(self.eps, self.alpha, self.steps, self.norm, self.start)
 
     def plan(self, clf: ZeroShot, loop: Loop) -> Plan:
         """Attack and losses on this model, which is the teacher. Raises ValueError for too few classes."""

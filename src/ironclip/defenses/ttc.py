@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ironclip.core.ball import start_delta
 from ironclip.core.check import as_fraction, check_choice, check_eps, check_images
-from ironclip.core.grad import wants_graph
+from ironclip.core.grad import forwarded, wants_graph
 from ironclip.core.rng import SampleRNG, rng_or_rows
 from ironclip.core.spec import method
 from ironclip.core.types import Info, State
@@ -29,7 +29,7 @@ from ironclip.core.views import Defended
 from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
 from ironclip.defenses._calibrate import Gated, Threshold
-from ironclip.defenses._inner import boxed, counterattack, forwarded
+from ironclip.defenses._inner import boxed, counterattack
 
 KAPPA = 10.0
 """Steepness of the tanh that stands in for the sign in the backward pass of the ``smooth`` surrogate."""

@@ -13,17 +13,14 @@ from torch import Tensor
 from ironclip.core.rng import SampleRNG
 
 
-class Images(Protocol):
-    """What validation needs: labelled images with names and templates (every data set of this library)."""
+class Labelled(Protocol):
+    """Labelled images in batches, as every data set of this library gives them."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def class_names(self) -> list[str]: ...
-
-    @property
-    def templates(self) -> list[str]: ...
 
     @property
     def manifest_hash(self) -> str: ...
@@ -33,6 +30,13 @@ class Images(Protocol):
     def batches(
         self, batch_size: int, indices: Sequence[int] | None = None
     ) -> Iterator[tuple[Tensor, Tensor, list[str]]]: ...
+
+
+class Images(Labelled, Protocol):
+    """What validation needs: templates too."""
+
+    @property
+    def templates(self) -> list[str]: ...
 
 
 class Captioned(Images, Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Protocol
@@ -14,33 +14,18 @@ from ironclip.core.check import check_images, check_labels
 from ironclip.core.loop import Loop
 from ironclip.core.rng import SampleRNG
 from ironclip.core.zeroshot import ZeroShot
-from ironclip.training.batches import order
+from ironclip.training.batches import Labelled, order
 from ironclip.training.team import Team
 
 
-class Source(Protocol):
+class Source(Labelled, Protocol):
     """Training images: any data set of this library, or several through ``ironclip.data.joined``.
 
     A source of something else, such as stored features, has ``check(x)`` too, which refuses what cannot be used.
     """
 
     @property
-    def name(self) -> str: ...
-
-    @property
-    def class_names(self) -> list[str]: ...
-
-    @property
     def ids(self) -> list[str]: ...
-
-    @property
-    def manifest_hash(self) -> str: ...
-
-    def __len__(self) -> int: ...
-
-    def batches(
-        self, batch_size: int, indices: Sequence[int] | None = None
-    ) -> Iterator[tuple[Tensor, Tensor, list[str]]]: ...
 
 
 @dataclass(frozen=True, eq=False)
