@@ -130,11 +130,11 @@ def test_ambiguous_relative_path_is_refused(
 
 
 def test_missing_path_suggests_the_nearest(make_folder: Callable[..., Path], tmp_path: Path) -> None:
-    make_folder("root/oxford_pets/dev", cat=1)
-    with pytest.raises(FileNotFoundError, match=r"does not exist; did you mean .*/root/oxford_pets\?"):
-        load_data("folder:oxford_petz/dev", root=tmp_path / "root")
-    with pytest.raises(FileNotFoundError, match=r"nearest existing folder is .*/root, which has oxford_pets"):
-        load_data("folder:zzz", root=tmp_path / "root")
+    make_folder("top/oxford_pets/dev", cat=1)
+    with pytest.raises(FileNotFoundError, match=r"does not exist; did you mean .*/top/oxford_pets\?"):
+        load_data("folder:oxford_petz/dev", root=tmp_path / "top")
+    with pytest.raises(FileNotFoundError, match=r"nearest existing folder is .*/top, which has oxford_pets"):
+        load_data("folder:zzz", root=tmp_path / "top")
     with pytest.raises(FileNotFoundError, match=r"root must be an existing folder"):
         load_data("folder:x", root=tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"folder: needs a path"):

@@ -23,7 +23,7 @@ from ironclip.defenses.aom import AOM
 from ironclip.defenses.ttc import TTC
 from ironclip.evaluation.block import Entry
 from ironclip.evaluation.entries import load_state
-from ironclip.evaluation.run import Job
+from ironclip.evaluation.job import Job
 
 GATED = ("TTC", "AOM(gate=high_noise_drift)", "AGC", "FPTNoise(levels=2)")
 
@@ -197,7 +197,7 @@ def test_the_command_prints_the_spec_and_leaves_a_state_for_bench(
     assert float(state["tau"]) == found.tau != 0.2
     job = Job(vlm="tiny", data=("shapes",), state=str(out))
     for spec, waits in (("TTC", True), ("TTC(steps=3)", True), ("TTC(tau=0.3)", False), ("AOM", False)):
-        assert (load_state(job, spec, ironclip.load("tiny")) is not None) == waits, spec
+        assert (load_state(job, spec, "tiny-v1", ironclip.load("tiny").weights_hash) is not None) == waits, spec
     assert fit("TTC", "--out", str(out)) == 0, "a calibration may be made again"
     assert json.loads((out / "ttc.json").read_text(encoding="utf-8"))["state"] == manifest["state"]
     shared = ["bench", "--vlm", "tiny", "--data", "shapes", "--limit", "4", "--json"]

@@ -18,7 +18,8 @@ from toys import CLASSES, toy_problem
 
 import ironclip
 from ironclip.core.loop import Loop
-from ironclip.core.vlm import VLM, Parts
+from ironclip.core.parts import Parts
+from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
 from ironclip.data.imageset import ImageSet
 from ironclip.defenses._train import BASE, RECIPE, finetuned

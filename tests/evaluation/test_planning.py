@@ -12,10 +12,10 @@ from toyset import toy_block
 import ironclip
 from ironclip.cli import main
 from ironclip.evaluation import cells
+from ironclip.evaluation.job import Job
 from ironclip.evaluation.passes import Passes, calls, of_attack
 from ironclip.evaluation.planning import plan_jobs
 from ironclip.evaluation.recipes import budget
-from ironclip.evaluation.run import Job
 
 PGD = "PGD(eps=8/255, steps=3, policy=max_loss)"
 
@@ -117,7 +117,7 @@ def test_missing_models_data_and_states_are_listed(tmp_path: Path, capsys: pytes
     file = tmp_path / "far.toml"
     file.write_text(
         f'[[block]]\nvlm = "hf:{tmp_path}/none"\ndata = ["pets", "folder:nowhere/dev", "shapes"]\n'
-        'defenses = ["none", "TeCoA(eps=7/255)"]\nbudget = "smoke"\nlimit = 1000\n'
+        'defenses = ["none", "tecoa"]\nbudget = "smoke"\nlimit = 1000\n'
     )
     assert main(["run", str(file), "--dry-run", "--store", str(tmp_path / "store"), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
@@ -131,6 +131,7 @@ def test_missing_models_data_and_states_are_listed(tmp_path: Path, capsys: pytes
     assert static["folder:nowhere/dev"]["n"] is None
     assert static["pets"]["attack_backwards"] == 1000 * 10
     assert {a["defense"] for a in plan["not_applicable"]} == {"tecoa"}
+    assert all(f"run ironclip fit 'TeCoA()' --vlm hf:{tmp_path}/none" in a["reason"] for a in plan["not_applicable"])
     assert plan["hours"] is None
     assert main(["run", str(file), "--dry-run", "--store", str(tmp_path / "store")]) == 0
     said = capsys.readouterr().out

@@ -12,9 +12,10 @@ import typer
 
 from ironclip.cli import options as o
 from ironclip.cli.progress import Bar
+from ironclip.evaluation.job import Job
 from ironclip.evaluation.matrix import job_from, load_matrix
 from ironclip.evaluation.results import exit_status
-from ironclip.evaluation.run import Job, evaluate_jobs
+from ironclip.evaluation.run import evaluate_jobs
 
 DEFAULTS: dict[str, Any] = {
     "vlm": "lite",

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ironclip.evaluation.job import Job, validate
 from ironclip.evaluation.planning import plan_jobs
-from ironclip.evaluation.run import Job, validate
 
 
 def show_plan(jobs: list[Job], store: Path, measure: bool, as_json: bool) -> int:

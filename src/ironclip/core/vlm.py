@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,33 +14,11 @@ from torch import Tensor, nn
 
 from ironclip.core.check import check_choice
 from ironclip.core.hooks import replaced_output
+from ironclip.core.parts import Function, Parts, TowerCount
 from ironclip.core.space import Space
 from ironclip.core.types import State
 
 Tokenize = Callable[[Sequence[str]], Tensor]
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Where methods find modules by role: paths below the VLM, so that they stay right in copies.
-
-    ``token_embedding``: ids (n, l) to (n, l, w). ``vision_blocks``: a list of batch-first transformer blocks, "" for a
-    convolutional tower. ``vision_width``: width of their tokens. ``patch_grid``: (rows, columns) of ``patch_tokens``.
-    """
-
-    token_embedding: str = ""
-    vision_blocks: str = ""
-    vision_width: int = 0
-    patch_grid: tuple[int, int] = (0, 0)
-
-
-@dataclass
-class TowerCount:
-    """Images through the image tower (F), images differentiated to pixels (B), texts through the text tower."""
-
-    forwards: int = 0
-    backwards: int = 0
-    texts: int = 0
 
 
 class VLM(nn.Module):
@@ -109,7 +85,7 @@ class VLM(nn.Module):
         for label, fn in (("image_fn", image_fn), ("text_fn", text_fn)):
             if isinstance(fn, nn.Module) and fn.training:
                 raise ValueError(f"{label} is in training mode; call .eval() on it first")
-        image = image_fn if isinstance(image_fn, nn.Module) else _Function(image_fn)
+        image = image_fn if isinstance(image_fn, nn.Module) else Function(image_fn)
         first = next(iter(image.parameters()), torch.zeros(1))
         with torch.no_grad():
             d_image = image(torch.zeros(1, 3, size, size, device=first.device)).shape[-1]
@@ -363,21 +339,3 @@ class VLM(nn.Module):
 
     def __repr__(self) -> str:
         return f"VLM({self.name}, {self.image_size} px, d={self.dim}, scale={self.scale:g}, {self.precision})"
-
-
-class _Function(nn.Module):
-    """A plain function in a module's clothes."""
-
-    def __init__(self, fn: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.fn = fn
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fn(x)
-
-
-def warn_truncated(texts: Sequence[str], limit: int) -> None:
-    """Say which texts are longer than the context and lose their end."""
-    if texts:
-        shown = ", ".join(repr(t[:60]) for t in list(texts)[:3])
-        warnings.warn(f"{len(texts)} texts are longer than {limit} tokens and were cut: {shown}", stacklevel=3)

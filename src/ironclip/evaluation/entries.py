@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 from ironclip.core.spec import to_text
 from ironclip.core.types import State
-from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
 from ironclip.defenses._calibrate import Gated
 from ironclip.evaluation.block import Entry
@@ -17,20 +16,21 @@ from ironclip.evaluation.states import find_state
 from ironclip.registry import DEFENSES, build_defense
 
 if TYPE_CHECKING:
-    from ironclip.evaluation.run import Job
+    from ironclip.evaluation.job import Job
 
 
-def applicable(job: Job, clf: ZeroShot, data: str) -> tuple[list[Entry], list[dict[str, Any]]]:
+def applicable(job: Job, clf: ZeroShot, data: str, absent_model: str = "") -> tuple[list[Entry], list[dict[str, Any]]]:
     """The defenses that can be run on this model, and those that cannot, each with its reason: no transformer tower, no
     fitted state, a state of another backbone, a diffusion model or its library not at hand. Raises that reason if the
-    job has one defense only.
+    job has one defense only. ``absent_model``: the one that ``clf`` stands in for, whose states are others.
     """
     entries: list[Entry] = []
     absent: list[dict[str, Any]] = []
+    model, weights = (absent_model, "") if absent_model else (clf.vlm.name, clf.vlm.weights_hash)
     for spec in job.defenses:
         defense = build_defense(spec)
         try:
-            entry = Entry(defense, load_state(job, defense, clf.vlm))
+            entry = Entry(defense, load_state(job, defense, model, weights))
             entry.defense.apply(clf, entry.state)
         except (ValueError, FileNotFoundError, ImportError) as err:
             if len(job.defenses) == 1:
@@ -44,9 +44,10 @@ def applicable(job: Job, clf: ZeroShot, data: str) -> tuple[list[Entry], list[di
     return entries, absent
 
 
-def load_state(job: Job, spec: Any, vlm: VLM) -> State | None:
+def load_state(job: Job, spec: Any, model: str, weights: str) -> State | None:
     """The fitted state of a defense from the folder ``--state``, or the package's zoo where none is named: where the
     defense needs one, and where its spec leaves a threshold open that was calibrated there.
+    ``weights``: the hash of those of ``model``.
 
     Raises ValueError naming the file and the command that makes it.
     """
@@ -57,12 +58,12 @@ def load_state(job: Job, spec: Any, vlm: VLM) -> State | None:
         return None
     if not gated and not getattr(defense, "needs_state", defense.info.needs_state):
         return None
-    path = find_state(job.state, defense, vlm.weights_hash)
+    path = find_state(job.state, defense, weights)
     if path is None and not gated:
         where = "the zoo that ships" if job.state is None else f"--state {job.state}"
         raise ValueError(
             f"{name} must be fitted first: no {name}.safetensors for this spec and model in {where}; "
-            f"run ironclip fit {to_text(defense)!r} --vlm {vlm.name} and pass its folder as --state"
+            f"run ironclip fit {to_text(defense)!r} --vlm {model} and pass its folder as --state"
         )
     return None if path is None else load_file(path)
 

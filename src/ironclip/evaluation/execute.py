@@ -11,7 +11,8 @@ import torch
 
 from ironclip.core.vlm import VLM
 from ironclip.evaluation.block import Progress
-from ironclip.evaluation.run import Job, run
+from ironclip.evaluation.job import Job
+from ironclip.evaluation.run import run
 
 
 class _Sender:

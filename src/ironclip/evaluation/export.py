@@ -19,8 +19,9 @@ from ironclip.core.spec import full_text
 from ironclip.core.zeroshot import ZeroShot
 from ironclip.evaluation.block import Progress, Silent
 from ironclip.evaluation.entries import load_state
+from ironclip.evaluation.job import Job
 from ironclip.evaluation.judge import judge
-from ironclip.evaluation.run import Job, open_data
+from ironclip.evaluation.run import open_data
 from ironclip.evaluation.store import write_atomic
 from ironclip.models import load
 from ironclip.registry import build_attack, build_defense
@@ -73,7 +74,7 @@ def export_attack(
     model = load(vlm, device=device).in_space(where)
     images = open_data(data, model, prompts=prompts, limit=limit, seed=seed, skip_bad=skip_bad)
     clf = ZeroShot.build(model, images.class_names, images.templates)
-    fitted = load_state(Job(state=None if state is None else str(state)), shield, model)
+    fitted = load_state(Job(state=None if state is None else str(state)), shield, model.name, model.weights_hash)
     defended = shield.apply(clf, fitted)
     target = shield.apply(clf.with_vlm(model.at_precision(precision)), fitted)
     eps = getattr(made, "eps", None) if getattr(made, "norm", "linf") == "linf" else None

@@ -11,8 +11,8 @@ from typing import Any
 from ironclip.core.check import unknown
 from ironclip.core.spec import split_list
 from ironclip.evaluation.entries import expand_defenses
+from ironclip.evaluation.job import Job, validate
 from ironclip.evaluation.recipes import budget
-from ironclip.evaluation.run import Job, validate
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -10,7 +10,7 @@ from ironclip.data.named import missing, tv_folder
 from ironclip.data.survey import SETS, NamedSet
 
 if TYPE_CHECKING:
-    from ironclip.evaluation.run import Job
+    from ironclip.evaluation.job import Job
 
 
 def named_set_of(spec: object) -> NamedSet | None:

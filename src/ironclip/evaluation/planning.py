@@ -23,11 +23,12 @@ from ironclip.evaluation.block import Block, Entry, Silent
 from ironclip.evaluation.cells import clean_cell, static_cell
 from ironclip.evaluation.entries import applicable
 from ironclip.evaluation.glance import Glance
+from ironclip.evaluation.job import Job
 from ironclip.evaluation.judge import is_random
 from ironclip.evaluation.missing import missing_sets, named_set_of
 from ironclip.evaluation.passes import Passes, of_answer, of_attack, of_gradient, rate
 from ironclip.evaluation.plans import plan
-from ironclip.evaluation.run import Job, blocks_of, budgets_of, open_data
+from ironclip.evaluation.run import blocks_of, budgets_of, open_data
 from ironclip.evaluation.threat import fitted
 from ironclip.models import load
 from ironclip.registry import build_attack
@@ -146,7 +147,7 @@ class Planner:
     def _site(self, job: Job, model: VLM | None, name: str, data: Any, stand_in: tuple[Block, Block]) -> None:
         known = model is not None and data is not None
         whole, few = blocks_of(job, model, self.store, data, Silent()) if model and known else stand_in
-        entries, absent = applicable(job, whole.clf, name)
+        entries, absent = applicable(job, whole.clf, name, "" if model is not None else str(job.vlm))
         row = named_set_of(name)
         n = len(data) if data is not None else min(IMAGES[row.name], job.limit or 10**9) if row else None
         ids: list[Any] = list(data.ids) if data is not None else list(range(n or 0))

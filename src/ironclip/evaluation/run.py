@@ -5,17 +5,17 @@ from __future__ import annotations
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from ironclip.core.check import check_choice, unknown
+from ironclip.core.check import check_choice
 from ironclip.core.space import Space
 from ironclip.core.spec import full_text, split_list
-from ironclip.core.types import THREATS, Attack, Defense
+from ironclip.core.types import Attack, Defense
 from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
 from ironclip.data import load_data
@@ -26,6 +26,7 @@ from ironclip.evaluation.block import Block, Entry, Progress, Silent
 from ironclip.evaluation.cells import Cell, cell, run_static
 from ironclip.evaluation.cost import cost
 from ironclip.evaluation.entries import applicable, expand_defenses
+from ironclip.evaluation.job import Job, validate
 from ironclip.evaluation.missing import refuse_missing
 from ironclip.evaluation.probes import probe
 from ironclip.evaluation.recipes import Budget
@@ -33,33 +34,7 @@ from ironclip.evaluation.recipes import budget as budget_named
 from ironclip.evaluation.results import NO_COST, assemble, merged
 from ironclip.evaluation.store import Store, StoreError
 from ironclip.models import load
-from ironclip.registry import build_attack, build_defense
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run as text and numbers, so that another process can repeat it; fields as in ``evaluate``."""
-
-    vlm: Any = "lite"
-    data: tuple[Any, ...] = ("photos",)
-    defenses: tuple[Any, ...] = ("none",)
-    attacks: tuple[Any, ...] = ("table2-pgd10",)
-    threat: tuple[str, ...] = ("static",)
-    limit: int | None = None
-    seed: int = 0
-    batch_size: int = 16
-    precision: str = "fp32"
-    budget: Any = "standard"
-    prompts: str | None = None
-    state: str | None = None
-    device: str = "cpu"
-    gallery: int = 4
-    skip_bad: bool = False
-    merge_duplicates: bool = True
-    adaptive_limit: int | None = None
-    costs: bool = True
-    space: str = "model-input"
-    relatives: tuple[Any, ...] = ()
+from ironclip.registry import build_attack
 
 
 def evaluate(
@@ -164,32 +139,6 @@ def _all(
         said = "; ".join(dict.fromkeys(f"{a['defense']} on {a['vlm']}: {a['reason']}" for a in absent))
         raise ValueError(f"none of the defenses can be run: {said}")
     return results
-
-
-def validate(job: Job) -> None:
-    """Refuse what cannot run before anything is loaded. Raises ValueError."""
-    for word in job.threat:
-        if word not in THREATS:
-            raise ValueError(unknown("threat", word, THREATS))
-    for name, value in (("limit", job.limit), ("adaptive_limit", job.adaptive_limit)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if job.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {job.batch_size}")
-    check_choice(job.precision, ("fp32", "bf16"), "precision")
-    Space.parse(job.space)
-    if not job.data or not job.defenses or not job.attacks or not job.threat:
-        raise ValueError("vlm, data, defenses, attacks and threat each need at least one entry")
-    for d in job.defenses:
-        build_defense(d)
-    for a in job.attacks:
-        if not hasattr(build_attack(a), "eps"):
-            raise ValueError(f"attack {a!r} has no eps; only attacks inside a ball can be tabulated")
-    if job.device != "cpu":
-        try:
-            torch.zeros(1, device=job.device)
-        except (RuntimeError, AssertionError) as err:
-            raise ValueError(f"device {job.device!r} is not usable here ({err}); write --device cpu") from err
 
 
 def _execute(job: Job, folder: Path, executor: str, workers: int, progress: Progress, command: str) -> dict[str, Any]:
@@ -317,11 +266,11 @@ def _block(
                     )
     if shard != (0, 1):
         return assemble(store, ())
-    return _table(job, done, errors, command) | {"not_applicable": absent}
+    return _table(job, store, done, errors, command) | {"not_applicable": absent}
 
 
 def _table(
-    job: Job, done: list[tuple[Cell, Entry, Block]], errors: list[dict[str, Any]], command: str
+    job: Job, store: Store, done: list[tuple[Cell, Entry, Block]], errors: list[dict[str, Any]], command: str
 ) -> dict[str, Any]:
     ids, costs, shown = {}, {}, []
     for c, entry, block in done:
@@ -331,7 +280,7 @@ def _table(
         if c.key["threat"] == "adaptive":
             probe(block, entry, c.digest, Fraction(c.key["eps"]), c.key["norm"])
     return assemble(
-        done[0][2].store if done else Store(tempfile.mkdtemp(prefix="ironclip-")),
+        store,
         [c.digest for c, _, _ in done],
         ids=ids,
         costs=costs,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ironclip.core.vlm import warn_truncated
+from ironclip.core.parts import warn_truncated
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ironclip.core.vlm import VLM, Parts
+from ironclip.core.parts import Parts
+from ironclip.core.vlm import VLM
 
 WIDTH, DEPTH, GROUP = 512, 4, 16
 NOTE = "conv4's image network is untrained: it is at chance until a defense is fitted on it"

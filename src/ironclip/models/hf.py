@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ironclip.core.vlm import VLM, Parts
+from ironclip.core.parts import Parts
+from ironclip.core.vlm import VLM
 from ironclip.models.clip_rules import MAX_SCALE, MEAN, STD, check_quick_gelu, first_index, hub_tokenize
 from ironclip.models.hf_towers import ClipImage, ClipText, SiglipImage, SiglipText
 

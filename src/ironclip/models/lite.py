@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ironclip.core.vlm import VLM, Parts, warn_truncated
+from ironclip.core.parts import Parts, warn_truncated
+from ironclip.core.vlm import VLM
 from ironclip.models.efficientnet import classifier, load_efficientnet
 from ironclip.models.weights import check_sha256, package_folder
 

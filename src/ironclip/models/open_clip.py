@@ -15,7 +15,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ironclip.core.vlm import VLM, Parts, warn_truncated
+from ironclip.core.parts import Parts, warn_truncated
+from ironclip.core.vlm import VLM
 from ironclip.models.clip_rules import MAX_SCALE, MEAN, STD, Tokenize, check_quick_gelu, first_index
 from ironclip.models.open_clip_towers import CausalText, FullText, OpenClipImage, OpenClipViT
 
