@@ -42,3 +42,17 @@ def test_a_manifest_tells_the_truth(path: Path) -> None:
     x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert torch.isfinite(defense.apply(clf, state)(x)).all()
     assert not torch.equal(defense.apply(clf, state)(x), clf(x))
+
+
+def test_an_adaptive_attacker_may_use_what_a_graybox_one_has(tmp_path: Path) -> None:
+    strong = "PGD(eps=2/255, alpha=1/510, steps=20)"  # the budget's own members take three steps
+    results = ironclip.evaluate(
+        "tiny", "shapes", "tecoa", strong, "graybox,adaptive", limit=16, batch_size=16, budget="smoke", store=tmp_path
+    )
+    gray, adaptive = results["rows"]
+    assert (gray["threat"], adaptive["threat"]) == ("graybox", "adaptive")
+    (worst,) = results["worst"]
+    by = {m["name"]: m for m in worst["members"]}
+    assert by["graybox"]["ran"] == 16
+    assert by["graybox"]["broke"] >= 1, "the test needs images that only the graybox attack breaks"
+    assert adaptive["robust"] <= gray["robust"] < 100

@@ -5,7 +5,6 @@ Shapes are part of the type: ``b`` images, ``k`` classes, ``d`` embedding dimens
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -121,7 +120,7 @@ class Surrogate(Protocol):
 class Trainable(Protocol):
     """A defense that learns: ``fit`` returns the state, nothing is stored on the object."""
 
-    def fit(self, clf: ZeroShot, data: Iterable[Any], *, loop: Loop, seed: int = 0) -> State: ...
+    def fit(self, clf: ZeroShot, data: Any, *, loop: Loop | None = None, seed: int = 0) -> State: ...
 
 
 def prediction(logits: Logits) -> Labels:

@@ -38,7 +38,11 @@ def run_adaptive(
     members = [p.member for p in plans]
     c = adaptive_cell(block, entry, attacks, eps, norm, threat, plans)
     clean = clean_rows(block, entry)
-    static = [rows_by_id(block, run_static(block, entry, a)) for a in attacks] if threat == "adaptive" else []
+    stored = {
+        p.member.view: [rows_by_id(block, run_static(block, entry, a, p.member.view)) for a in attacks]
+        for p in plans
+        if p.view is None
+    }
     defended = entry.defense.apply(block.clf, entry.state)
     batchwise = bool(base_of(defended, "batchwise"))
 
@@ -46,7 +50,7 @@ def run_adaptive(
         trial = Trial(block, entry, defended, batchwise, x, y, ids, clean)
         for p in plans:
             if p.view is None:
-                trial.transfer(p.member, static)
+                trial.transfer(p.member, stored[p.member.view])
             else:
                 trial.run(p, p.view)
         gallery.keep(block, entry, c.digest, None, threat, defended, x, trial.x_worst, y, ids, eps, norm)
@@ -187,7 +191,7 @@ class Trial:
             self.white[idx] = torch.minimum(self.white[idx], got)
 
     def transfer(self, member: Member, static: list[dict[str, dict[str, Any]]]) -> None:
-        """The stored static examples, already judged."""
+        """Stored examples of a weaker threat model, already judged."""
         got = torch.ones(len(self.ids))
         for rows in static:
             got = torch.minimum(got, torch.tensor([float(rows[i]["correct"]) for i in self.ids]))

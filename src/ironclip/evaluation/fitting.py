@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from ironclip.core.loop import Loop
 from ironclip.core.spec import full_text, split_list, to_text
-from ironclip.core.types import State
+from ironclip.core.types import State, Trainable
 from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
 from ironclip.data import joined, load_data
@@ -132,8 +132,8 @@ def prepared(
 ) -> tuple[Any, VLM, Any, ZeroShot]:  # fmt: skip
     """Defense, model, joined training data and their classifier. Raises ValueError."""
     defense: Any = build_defense(spec)
-    if not hasattr(defense, "fit"):
-        able = sorted(n for n in DEFENSES if hasattr(build_defense(n), "fit"))
+    if not isinstance(defense, Trainable):
+        able = sorted(n for n in DEFENSES if isinstance(build_defense(n), Trainable))
         raise ValueError(f"{defense.info.name} learns nothing; fit takes {', '.join(able)}")
     if limit is not None and shots is not None:
         raise ValueError(f"--limit {limit} and --shots {shots} both choose the images; give one")

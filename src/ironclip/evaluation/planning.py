@@ -196,8 +196,6 @@ class Site:
             for threat in ("adaptive", "blackbox"):
                 if threat in job.threat:
                     self._clean(some)
-                    for a in same if threat == "adaptive" else []:
-                        self._static(a, "static", some)
                     self._adaptive(same, eps, norm, threat, some)
 
     def _answer(self, name: str, clf: Any) -> Passes:
@@ -241,6 +239,8 @@ class Site:
         for p in plans:
             if p.view is not None:
                 total += self._member(p)
+            for a in attacks if p.view is None else []:
+                self._static(a, p.member.view, ids)
         cell = adaptive_cell(block, self.entry, attacks, eps, norm, threat, plans)
         stored = self.planner.store.samples(cell.digest) if self.known else set()
         todo = [i for i in ids if i not in stored]
@@ -251,7 +251,7 @@ class Site:
 
     def _probes(self, plans: list[Any], norm: str) -> Passes:
         """Runs of their own on a few images, as in ``probes.probe``: per image."""
-        first = [p for p in plans if p.member.white and p.member.view not in ("base", "static")][:2]
+        first = [p for p in plans if p.member.white and p.view is not None and p.member.view != "base"][:2]
         if not first:
             return Passes()
         one = self._member(first[0])

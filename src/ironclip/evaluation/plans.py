@@ -17,7 +17,7 @@ from ironclip.core.spec import digest
 from ironclip.core.types import Classifier
 from ironclip.core.views import base_of, eot
 from ironclip.evaluation.block import Block, Entry
-from ironclip.evaluation.recipes import Member
+from ironclip.evaluation.recipes import STORED, Member
 from ironclip.evaluation.threat import attack_view, composition, has_features
 
 DRAWS = (1, 5, 20, 50)
@@ -28,7 +28,7 @@ LOOK = 4
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """``view``: with ``draws`` averaged, None for the stored static examples. ``cosine``: agreement of two independent
+    """``view``: with ``draws`` averaged, None for stored examples. ``cosine``: agreement of two independent
     gradient estimates of so many draws, None where nothing is random or nobody looked."""
 
     member: Member
@@ -48,8 +48,8 @@ def plan(
     """The composition of a defense under the block's budget, in the order in which it runs; ``look`` as below."""
     out = []
     for member in composition(entry.defense, block.budget, threat, norm, bool(block.relatives)):
-        if member.view == "static":
-            out.append(Plan(member, None, "static"))
+        if member.view in STORED:
+            out.append(Plan(member, None, member.view))
             continue
         view = attack_view(entry.defense, block.fast, entry.state, member, block.relatives)
         if member.attack == "feature" and not has_features(view):

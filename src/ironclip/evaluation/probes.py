@@ -32,7 +32,9 @@ def probe(block: Block, entry: Entry, digest: str, eps: Fraction, norm: str) -> 
     found: dict[str, Any] | None = block.store.get_json("probes", digest)
     if found is not None:
         return found
-    plans = [p for p in plan(block, entry, eps, norm) if p.member.white and p.member.view not in ("base", "static")][:2]
+    plans = [
+        p for p in plan(block, entry, eps, norm) if p.member.white and p.view is not None and p.member.view != "base"
+    ][:2]
     if not plans:
         return {}
     out: dict[str, Any] = {"n": n}

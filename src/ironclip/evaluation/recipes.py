@@ -201,6 +201,13 @@ SWEEP = {0.01: "standard", 0.1: "smoke", 1.0: "smoke", 10.0: "smoke"}
 adaptive attack: too large a one spends the budget on staying unnoticed."""
 
 
+STORED = ("static", "graybox")
+"""Views of which the store has judged examples: an attacker of this threat model may use those of every weaker one."""
+
+GRAYBOX = Member("graybox", "graybox")
+"""The static attacks on fitted weights, for every defense that has any."""
+
+
 def members_for(kind: str, surrogates: tuple[str, ...], penalty: bool, extra: tuple[Member, ...] = ()) -> list[Member]:
     """The members that apply to a defense: its kind's, its own, one through every surrogate nobody named yet, and for a
     defense with a ``penalty`` the sweep over its weight, through the first surrogate or the defense itself.

@@ -8,6 +8,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from ironclip.evaluation.recipes import STORED
+
 FATAL = frozenset({"zero-grad", "bb-beats-wb", "steps-hurt", "budget"})
 """A row with one of these prints ``unreliable`` instead of a number."""
 
@@ -62,7 +64,7 @@ def adaptive_flags(rows: Sequence[dict[str, Any]], members: Sequence[dict[str, A
     if not n:
         return []
     flags = []
-    white = [i for i, m in enumerate(members) if m["white"] and m["view"] != "static"]
+    white = [i for i, m in enumerate(members) if m["white"] and m["view"] not in STORED]
     met = [i for i in white if any(r["ran"][i] for r in rows)]
     if white and len(met) == len(white) and not any(_usable(rows, i) for i in white):
         flags.append("zero-grad")

@@ -8,7 +8,7 @@ from typing import Any
 from ironclip.core.types import Classifier, Defense, Info, State
 from ironclip.core.views import base_of, ensemble, penalised, straight_through
 from ironclip.core.zeroshot import ZeroShot
-from ironclip.evaluation.recipes import BLACKBOX, Budget, Member, members_for
+from ironclip.evaluation.recipes import BLACKBOX, GRAYBOX, Budget, Member, members_for
 
 OTHER_TEMPLATES = ("a picture of a {}.", "{}")
 """What the ``prompts`` member asks in place of the evaluation's own templates: weights fine-tuned against one prompt
@@ -28,6 +28,8 @@ def composition(
             hasattr(defense, "penalty"),
             tuple(getattr(defense, "extra_members", ())),
         )
+        if hasattr(defense, "fitted"):
+            members = [*members, GRAYBOX]
     return [m for m in members if m.runs(budget, norm) and (relatives or m.view != "relatives")]
 
 
