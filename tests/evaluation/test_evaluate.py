@@ -210,6 +210,30 @@ def test_a_failing_cell_is_recorded_and_the_others_go_on(tmp_path: Path, monkeyp
     assert not mended["errors"]
 
 
+def test_a_cell_that_fails_once_is_run_again_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ironclip.evaluation import run as running
+
+    real, calls = running.run_static, list[str]()
+
+    def shaky(block: Any, entry: Any, *args: Any) -> Any:
+        calls.append(entry.defense.info.name)
+        if calls.count("ttc") == 1 and calls[-1] == "ttc":
+            raise RuntimeError("out of memory, for once")
+        return real(block, entry, *args)
+
+    expected = table(tmp_path / "calm", threat="static")
+    monkeypatch.setattr(running, "run_static", shaky)
+    got = table(tmp_path / "store", threat="static")
+    assert calls.count("ttc") == 2
+    assert calls.count("none") == 1
+    assert not got["errors"]
+    assert [strip(r) for r in got["rows"]] == [strip(r) for r in expected["rows"]]
+    said = [n for n in got["notes"] if "failed once (RuntimeError: out of memory, for once) and was run again" in n]
+    assert len(said) == 1
+    assert said[0].startswith("ttc on ")
+    assert not list((tmp_path / "store" / "cells").glob("*.error.json"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

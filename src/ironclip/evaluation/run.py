@@ -227,10 +227,15 @@ def _block(
     entries, absent = applicable(job, whole.clf, data.name)
     done: list[tuple[Cell, Entry, Block]] = []
     errors: list[dict[str, Any]] = []
+    again: list[str] = []
 
     def attempt(block: Block, entry: Entry, threat: str, what: str, make: Callable[[], Cell]) -> None:
+        name = entry.defense.info.name
         try:
-            done.append((make(), entry, block))
+            made, first = _twice(make)
+            done.append((made, entry, block))
+            if first is not None:
+                again.append(f"{name} on {data.name}, {threat} {what}: failed once ({_said(first)}) and was run again")
         except (StoreError, OSError):
             raise
         except Exception as err:
@@ -240,10 +245,10 @@ def _block(
                 {
                     "vlm": model.name,
                     "data": data.name,
-                    "defense": entry.defense.info.name,
+                    "defense": name,
                     "threat": threat,
                     "attack": what,
-                    "error": f"{type(err).__name__}: {err}",
+                    "error": _said(err),
                     "traceback": traceback.format_exc(),
                 }
             )
@@ -266,7 +271,25 @@ def _block(
                     )
     if shard != (0, 1):
         return assemble(store, ())
-    return _table(job, store, done, errors, command) | {"not_applicable": absent}
+    table = _table(job, store, done, errors, command)
+    return table | {"not_applicable": absent, "notes": [*table["notes"], *again]}
+
+
+def _twice(make: Callable[[], Cell]) -> tuple[Cell, Exception | None]:
+    """The cell, and what went wrong the first time; what the store already holds of it is not computed again.
+
+    A failure of the disk or of the store is no cell's fault and is not tried again.
+    """
+    try:
+        return make(), None
+    except (StoreError, OSError):
+        raise
+    except Exception as err:
+        return make(), err
+
+
+def _said(err: Exception) -> str:
+    return f"{type(err).__name__}: {err}"
 
 
 def _table(
