@@ -20,6 +20,8 @@ from ironclip.cli.listing import listing
 from ironclip.cli.pretrain import pretrain
 from ironclip.cli.query import EXAMPLES, query
 from ironclip.cli.report import report
+from ironclip.cli.retrieval import EXAMPLES as RETRIEVAL_EXAMPLES
+from ironclip.cli.retrieval import retrieval
 from ironclip.cli.run import run
 from ironclip.cli.stopping import terminable
 from ironclip.cli.store import store_app
@@ -47,6 +49,7 @@ app.command(epilog=_example("ironclip fit 'TeCoA(eps=1/255)' --vlm tiny --data s
 app.command(epilog=_example("ironclip pretrain --out runs/tiny --steps 200"))(pretrain)
 app.command(epilog=_example("ironclip report --store store --out report"))(report)
 app.command(epilog=EXAMPLES)(query)
+app.command(epilog=RETRIEVAL_EXAMPLES)(retrieval)
 app.add_typer(store_app, epilog=_example("ironclip store verify --store store"))
 app.command("list", epilog=_example("ironclip list defenses"))(listing)
 app.command(epilog=_example("ironclip doctor --json"))(doctor)
