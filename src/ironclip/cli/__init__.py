@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {err}", file=sys.stderr)
         code = 2
     if code == 130:  # typer turns an interrupt into this status by itself
-        print("interrupted; finished batches are kept, run the same command to go on", file=sys.stderr)
+        print("interrupted; what was written so far is kept, run the same command to go on", file=sys.stderr)
     if argv is None:
         raise SystemExit(code)
     return code
