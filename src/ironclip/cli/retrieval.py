@@ -25,7 +25,9 @@ def retrieval(
     vlm: o.Vlm = "lite",
     data: Annotated[str, typer.Option("--data", help="shapes, shapes:SPLIT or captions:PATH")] = "shapes",
     attack: Annotated[str | None, typer.Option("--attack", help="on images: FeaturePGD(eps=4/255)")] = None,
-    text_attack: Annotated[str | None, typer.Option("--text-attack", help="on captions: WordSwap(words=1)")] = None,
+    text_attack: Annotated[
+        str | None, typer.Option("--text-attack", help="on captions: WordSwap(words=1), Charmer(k=1)")
+    ] = None,
     defense: Annotated[
         str, typer.Option("--defense", help="one that ends in an image embedding, such as ttc")
     ] = "none",

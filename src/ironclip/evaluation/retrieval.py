@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ironclip.attacks.characters import Charmer
 from ironclip.attacks.feature import FeaturePGD
 from ironclip.attacks.text import TextAttack, WordSwap
 from ironclip.core import spec
@@ -33,7 +34,12 @@ from ironclip.registry import build_attack, build_defense
 KS = (1, 5, 10)
 TIE = 1e-10  # well above the rounding of sums in float64, well below what float32 features tell apart
 _TEXTS = 256
-TEXT_ATTACKS: dict[str, Callable[..., Any]] = {"WordSwap": WordSwap, "word_swap": WordSwap}
+TEXT_ATTACKS: dict[str, Callable[..., Any]] = {
+    "WordSwap": WordSwap,
+    "word_swap": WordSwap,
+    "Charmer": Charmer,
+    "charmer": Charmer,
+}
 
 
 @dataclass(frozen=True, eq=False)
