@@ -37,6 +37,7 @@ class Job:
     costs: bool = True
     space: str = "model-input"
     relatives: tuple[Any, ...] = ()
+    gates: tuple[Any, ...] = ()
 
 
 def validate(job: Job) -> None:

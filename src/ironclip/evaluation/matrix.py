@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from ironclip.core.check import unknown
 from ironclip.core.spec import split_list
 from ironclip.evaluation.entries import expand_defenses
+from ironclip.evaluation.gates import gates_from, gates_of
 from ironclip.evaluation.job import Job, validate
 from ironclip.evaluation.recipes import budget
 
@@ -20,7 +21,7 @@ else:  # pragma: no cover
     import tomli as tomllib
 
 LISTS = ("data", "defenses", "attacks", "threat", "relatives")
-FIELDS = tuple(f.name for f in fields(Job))
+FIELDS = tuple(f.name for f in fields(Job) if f.name != "gates")
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,11 @@ def shipped() -> list[str]:
     return sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".toml"))
 
 
-def load_matrix(where: str | Path, **changes: Any) -> Matrix:
+def load_matrix(where: str | Path, *, gates: bool = True, **changes: Any) -> Matrix:
     """A matrix from a file, or a shipped one by name; ``changes`` override fields of every block.
 
+    A ``[[gate]]`` (``evaluation/gates.py``) goes with every block of its model and data set, unless ``gates`` is off or
+    prompts or space are changed, for which its anchor was not measured.
     Raises ValueError for an unknown name or field, an empty list, or a spec that does not stand, naming the block.
     """
     path = Path(where)
@@ -58,11 +61,15 @@ def load_matrix(where: str | Path, **changes: Any) -> Matrix:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as err:
         raise ValueError(f"{where} is not valid TOML: {err}") from err
-    blocks = raw.pop("block", [])
+    blocks, anchors = raw.pop("block", []), gates_from(name, raw.pop("gate", ()), raw.get("vlm"))
     title, notes = str(raw.pop("title", name)), tuple(raw.pop("notes", ()))
     if not blocks:
         raise ValueError(f"{where} has no [[block]]; write one with vlm, data, defenses, attacks and threat")
     jobs = tuple(job_from(f"{name} block {i + 1}", {**raw, **block}, changes) for i, block in enumerate(blocks))
+    if gates and changes.get("prompts") is None and changes.get("space") is None:
+        jobs = tuple(replace(job, gates=gates_of(anchors, job)) for job in jobs)
+    elif anchors and not gates:
+        notes += ("gates were off: the undefended model was not held against its anchors",)
     return Matrix(name, title, notes, jobs)
 
 

@@ -26,6 +26,7 @@ from ironclip.evaluation.block import Block, Entry, Progress, Silent
 from ironclip.evaluation.cells import Cell, cell, run_static
 from ironclip.evaluation.cost import cost
 from ironclip.evaluation.entries import applicable, expand_defenses
+from ironclip.evaluation.gates import pass_gates
 from ironclip.evaluation.job import Job, validate
 from ironclip.evaluation.missing import refuse_missing
 from ironclip.evaluation.probes import probe
@@ -133,6 +134,8 @@ def evaluate_jobs(
 def _all(
     jobs: Sequence[Job], folder: Path, executor: str, workers: int, progress: Progress, command: str
 ) -> dict[str, Any]:
+    for job in jobs:
+        pass_gates(job, lambda j: _execute(j, folder, executor, workers, progress, command))
     results = merged([_execute(j, folder, executor, workers, progress, command) for j in jobs])
     absent = results["not_applicable"]
     if absent and not results["rows"] and not results["errors"]:
