@@ -108,9 +108,10 @@ def misses(gate: Gate, clean: float, robust: float, n: int) -> str:
     ]
     if not off:
         return ""
+    likely = _causes(gate, clean, robust, off[0].startswith("clean"))
     return (
         f"the undefended {gate.vlm} on {gate.data} is not where it should be (n = {n}): {'; '.join(off)} "
-        f"({gate.source}). Likely: {_causes(gate, clean, robust, off[0].startswith('clean'))}. No defense was run; if the anchor does not hold for "
+        f"({gate.source}). Likely: {likely}. No defense was run; if the anchor does not hold for "
         "your set-up, write ironclip run MATRIX --no-gates"
     )
 
