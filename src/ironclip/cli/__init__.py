@@ -16,6 +16,7 @@ from ironclip.cli.attack import attack
 from ironclip.cli.bench import bench
 from ironclip.cli.doctor import doctor
 from ironclip.cli.fit import fit
+from ironclip.cli.leaderboard import leaderboard
 from ironclip.cli.listing import listing
 from ironclip.cli.pretrain import pretrain
 from ironclip.cli.query import EXAMPLES, query
@@ -48,6 +49,7 @@ app.command(epilog=_example("ironclip fit 'TeCoA(eps=1/255)' --vlm tiny --data s
 )
 app.command(epilog=_example("ironclip pretrain --out runs/tiny --steps 200"))(pretrain)
 app.command(epilog=_example("ironclip report --store store --out report"))(report)
+app.command(epilog=_example("ironclip leaderboard --store store --out leaderboard"))(leaderboard)
 app.command(epilog=EXAMPLES)(query)
 app.command(epilog=RETRIEVAL_EXAMPLES)(retrieval)
 app.add_typer(store_app, epilog=_example("ironclip store verify --store store"))
