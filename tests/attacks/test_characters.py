@@ -142,3 +142,14 @@ def test_bad_fields(options: dict[str, float], message: str) -> None:
 def test_one_string_is_no_list() -> None:
     with pytest.raises(ValueError, match=r"write \[text\]"):
         Charmer()(toy, "a cat")
+
+
+def test_away_from_a_picture_it_finds_the_least_similar_string() -> None:
+    away = toy(["one picture", "another"])
+    got = Charmer(places=99, alphabet="ab")(toy, ["ab", "ab"], away=away)
+    near = [t for n in range(4) for t in map("".join, itertools.product("ab", repeat=n)) if slow("ab", t) <= 1]
+    for text, row, loss in zip(got.texts, away, got.loss.tolist(), strict=True):
+        assert loss == pytest.approx(1 - float((toy(near) @ row).min()))
+        assert float(toy([text])[0] @ row) == pytest.approx(1 - loss)
+    with pytest.raises(ValueError, match=r"away must be \(1, d\) features, one a text, got \(2, 6\)"):
+        Charmer()(toy, ["ab"], away=away)

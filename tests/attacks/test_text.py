@@ -297,3 +297,16 @@ def test_a_model_from_a_folder(tmp_path: Path) -> None:
         FileNotFoundError, match="could not be loaded, neither as a folder nor from the hub or its cach"
     ):
         WordSwap(source=f"hf:{tmp_path / 'none'}").candidates()
+
+
+def test_away_from_pictures_a_swap_never_brings_a_text_nearer() -> None:
+    encode = wrap_clip(small_clip(), byte_tokenizer(), "small").encode_text
+    texts = ["a photo of a cat", "a photo of a cat", "..."]
+    away = torch.nn.functional.normalize(torch.randn(3, encode(["x"]).shape[1], generator=generator(0)), dim=-1)
+    before = 1 - (encode(texts) * away).sum(dim=1)
+    got = WordSwap(words=2)(encode, texts, away=away)
+    after = 1 - (encode(got.texts) * away).sum(dim=1)
+    torch.testing.assert_close(after.double(), got.loss, atol=1e-5, rtol=0)
+    assert (after >= before - 1e-6).all()
+    assert got.texts[2] == "..."
+    assert got.changed[2] == 0

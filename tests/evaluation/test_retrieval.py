@@ -118,7 +118,7 @@ def test_rows_are_those_of_the_attacks_given() -> None:
     assert [r.setting for r in retrieve(vlm, captions).rows] == ["clean"]
     assert [r.setting for r in retrieve(vlm, captions, text_attack=SWAP).rows] == ["clean", "text"]
     full = retrieve(vlm, captions, attack=ATTACK, text_attack=SWAP, ks=(1, 2))
-    assert [r.setting for r in full.rows] == ["clean", "image", "text", "joint"]
+    assert [r.setting for r in full.rows] == ["clean", "image", "text", "joint", "worst"]
     want = recall(vlm.encode_image(toy_images(6)), vlm.encode_text(captions.texts), captions.owner)
     assert torch.equal(full.row("clean").image_ranks, want.image_ranks)
     with pytest.raises(ValueError, match="this table has clean"):

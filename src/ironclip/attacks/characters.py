@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ironclip.attacks.text import Encode, TextResult, feature_divergence
+from ironclip.attacks.text import Encode, TextResult, check_texts, score
 from ironclip.core.spec import method
 
 TESTS = (" ", "z")
@@ -48,35 +48,47 @@ class Charmer:
             raise ValueError(f"min_cosine must be in [-1, 1], got {self.min_cosine}")
 
     @torch.no_grad()
-    def __call__(self, encode: Encode, texts: Sequence[str], *, forbidden: Sequence[str] = ()) -> TextResult:
-        """Attack n texts. Equal ones are attacked once; a round encodes the candidates of all texts together."""
-        if isinstance(texts, str):
-            raise ValueError("texts must be a list of strings; write [text]")
-        unique, barred = list(dict.fromkeys(texts)), set(forbidden)
-        now, loss = dict(zip(unique, unique, strict=True)), dict.fromkeys(unique, 0.0)
-        clean = dict(zip(unique, encode(unique), strict=True)) if unique and self.k else {}
-        live = list(clean)
+    def __call__(
+        self, encode: Encode, texts: Sequence[str], *, forbidden: Sequence[str] = (), away: Tensor | None = None
+    ) -> TextResult:
+        """Attack n texts; a round encodes the candidates of all texts together.
+
+        Equal texts are attacked once, unless each has its own ``away``.
+        """
+        check_texts(texts, away)
+        jobs = list(dict.fromkeys(texts)) if away is None else list(texts)
+        goals = [None] * len(jobs) if away is None else list(away)
+        clean = list(encode(jobs)) if jobs and (self.k or away is not None) else []
+        barred, now, loss = set(forbidden), list(jobs), [0.0] * len(jobs)
+        if away is not None:
+            loss = [float(score(c, c[None], g)) for c, g in zip(clean, goals, strict=True)]
+        live = list(range(len(jobs)))
         for _ in range(self.k):
-            probes = [self._probes(now[t]) for t in live]
+            probes = [self._probes(now[i]) for i in live]
             ranked = _split(encode, [[s for _, s in row] for row in probes])
             tried = [
-                self._edits(now[t], _best(row, clean[t], features, self.places), barred | {t, now[t]})
-                for t, row, features in zip(live, probes, ranked, strict=True)
+                self._edits(now[i], _best(row, score(clean[i], f, goals[i]), self.places), barred | {jobs[i], now[i]})
+                for i, row, f in zip(live, probes, ranked, strict=True)
             ]
             onward = []
-            for t, row, features in zip(live, tried, _split(encode, tried), strict=True):
-                values = feature_divergence(clean[t], features)
-                near = F.cosine_similarity(features, clean[t][None], dim=-1) >= self.min_cosine
-                values = values.where(near | torch.tensor(self.min_cosine <= -1), values.new_tensor(-1.0))
-                if len(row) and float(values.max()) > loss[t]:
-                    now[t], loss[t] = row[int(values.argmax())], float(values.max())
-                    onward.append(t)
+            for i, row, features in zip(live, tried, _split(encode, tried), strict=True):
+                if not row:
+                    continue
+                values = score(clean[i], features, goals[i])
+                if self.min_cosine > -1:
+                    near = F.cosine_similarity(features, clean[i][None], dim=-1) >= self.min_cosine
+                    values = values.where(near, values.new_tensor(-1.0))
+                if float(values.max()) > loss[i]:
+                    now[i], loss[i] = row[int(values.argmax())], float(values.max())
+                    onward.append(i)
             live = onward
-        changed = {t: levenshtein(t, now[t]) for t in unique}
+        changed = [levenshtein(a, b) for a, b in zip(jobs, now, strict=True)]
+        at = {t: i for i, t in enumerate(jobs)}
+        rows = [at[t] for t in texts] if away is None else list(range(len(jobs)))
         return TextResult(
-            [now[t] for t in texts],
-            torch.tensor([changed[t] for t in texts], dtype=torch.int64),
-            torch.tensor([loss[t] for t in texts], dtype=torch.float64),
+            [now[i] for i in rows],
+            torch.tensor([changed[i] for i in rows], dtype=torch.int64),
+            torch.tensor([loss[i] for i in rows], dtype=torch.float64),
         )
 
     def _probes(self, text: str) -> list[tuple[int, str]]:
@@ -108,9 +120,9 @@ def levenshtein(a: str, b: str) -> int:
     return row[-1]
 
 
-def _best(row: Sequence[tuple[int, str]], clean: Tensor, features: Tensor, n: int) -> list[int]:
-    values = feature_divergence(clean, features).tolist()
-    return [row[i][0] for i in sorted(range(len(values)), key=lambda i: -values[i])[:n]]
+def _best(row: Sequence[tuple[int, str]], values: Tensor, n: int) -> list[int]:
+    order = values.tolist()
+    return [row[i][0] for i in sorted(range(len(order)), key=lambda i: -order[i])[:n]]
 
 
 def _split(encode: Encode, groups: Sequence[Sequence[str]]) -> list[Tensor]:

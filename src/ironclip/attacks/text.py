@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ironclip.attacks._words import WordList, core, shipped_words
@@ -38,12 +39,15 @@ class TextResult:
 class TextAttack(Protocol):
     """A frozen dataclass with hyperparameters, like the attacks on images. Equal texts get equal answers.
 
-    ``forbidden``: texts that must not come out, such as those of other classes.
+    ``forbidden``: texts that must not come out, such as those of other classes. ``away``: (n, d) unit features, such as
+    those of each text's image; texts then move away from them instead of from what they were, and only where they do.
     """
 
     name: ClassVar[str]
 
-    def __call__(self, encode: Encode, texts: Sequence[str], *, forbidden: Sequence[str] = ()) -> TextResult: ...
+    def __call__(
+        self, encode: Encode, texts: Sequence[str], *, forbidden: Sequence[str] = (), away: Tensor | None = None
+    ) -> TextResult: ...
 
 
 @method
@@ -73,9 +77,12 @@ class WordSwap:
         if self.source == "list" and self.legacy_offset:
             raise ValueError("legacy_offset belongs to a masked language model; write source=hf:bert-base-uncased")
 
-    def __call__(self, encode: Encode, texts: Sequence[str], *, forbidden: Sequence[str] = ()) -> TextResult:
-        """Attack n texts. Equal ones are attacked once."""
-        return swap(encode, texts, self.candidates(), words=self.words, forbidden=forbidden, cased=self.cased_stops)
+    def __call__(
+        self, encode: Encode, texts: Sequence[str], *, forbidden: Sequence[str] = (), away: Tensor | None = None
+    ) -> TextResult:
+        """Attack n texts. Equal ones are attacked once, unless each has its own ``away``."""
+        found = self.candidates()
+        return swap(encode, texts, found, words=self.words, forbidden=forbidden, cased=self.cased_stops, away=away)
 
     def candidates(self) -> Candidates:
         """Where the words come from; opened once. Raises FileNotFoundError for a model that is not there."""
@@ -92,6 +99,21 @@ def feature_divergence(clean: Tensor, moved: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(dim=-1)
 
 
+def score(clean: Tensor, moved: Tensor, away: Tensor | None) -> Tensor:
+    """(n,) what a text attack raises: the divergence from ``clean`` (d,), or the cosine distance to ``away`` (d,)."""
+    if away is None:
+        return feature_divergence(clean, moved)
+    return 1 - F.cosine_similarity(moved.double(), away.double()[None], dim=-1)
+
+
+def check_texts(texts: Sequence[str], away: Tensor | None) -> None:
+    """Refuse one string in place of a list, and features that are not one a text. Raises ValueError."""
+    if isinstance(texts, str):
+        raise ValueError("texts must be a list of strings; write [text]")
+    if away is not None and (away.ndim != 2 or len(away) != len(texts)):
+        raise ValueError(f"away must be ({len(texts)}, d) features, one a text, got {tuple(away.shape)}")
+
+
 @torch.no_grad()
 def swap(
     encode: Encode,
@@ -101,15 +123,20 @@ def swap(
     words: int = 1,
     forbidden: Sequence[str] = (),
     cased: bool = False,
+    away: Tensor | None = None,
 ) -> TextResult:
     """Greedy exchange on all texts at once; every round encodes one word's candidates of each text together.
 
     A word is exchanged where that raises the divergence from the text as it was. Words that are function words, have
     no letter or no candidate are neither masked nor tried, which changes no result.
     """
-    if isinstance(texts, str):
-        raise ValueError("texts must be a list of strings; write [text]")
-    jobs = [_Job(t, candidates, cased) for t in dict.fromkeys(texts)]
+    check_texts(texts, away)
+    if away is None:
+        jobs = [_Job(t, candidates, cased) for t in dict.fromkeys(texts)]
+        by_text = {job.text: job for job in jobs}
+        made = [by_text[t] for t in texts]
+    else:
+        made = jobs = [_Job(t, candidates, cased, row) for t, row in zip(texts, away, strict=True)]
     barred = set(forbidden)
     for job, features in zip(jobs, _encoded(encode, [job.masked for job in jobs]), strict=True):
         job.rank(features)
@@ -119,8 +146,6 @@ def swap(
         rows = _encoded(encode, [[t for _, t in variants] for variants in tried])
         for job, variants, features in zip(live, tried, rows, strict=True):
             job.take(variants, features)
-    by_text = {job.text: job for job in jobs}
-    made = [by_text[t] for t in texts]
     loss = torch.tensor([job.loss for job in made], dtype=torch.float64)
     return TextResult([" ".join(job.words) for job in made], torch.tensor([job.count for job in made]), loss)
 
@@ -128,8 +153,8 @@ def swap(
 class _Job:
     """One text under attack. ``order``: places still to try."""
 
-    def __init__(self, text: str, candidates: Candidates, cased: bool) -> None:
-        self.text, self.words = text, text.split(" ")
+    def __init__(self, text: str, candidates: Candidates, cased: bool, away: Tensor | None = None) -> None:
+        self.text, self.words, self.away = text, text.split(" "), away
         self.loss, self.count, self.order = 0.0, 0, list[int]()
         self.clean = torch.empty(0)
         found = candidates(self.words)
@@ -139,7 +164,7 @@ class _Job:
     @property
     def masked(self) -> list[str]:
         """The text and, where there is a choice of places, the text without each of them."""
-        if not self.open:
+        if not self.open and self.away is None:
             return []
         return [self.text, *(self.with_word(i, MASK) for i in self.open if len(self.open) > 1)]
 
@@ -148,9 +173,11 @@ class _Job:
         return " ".join([*self.words[:place], before + word + behind, *self.words[place + 1 :]])
 
     def rank(self, features: Tensor) -> None:
-        if not self.open:
+        if not len(features):
             return
         self.clean, self.order = features[0], list(self.open)
+        if self.away is not None:
+            self.loss = float(score(self.clean, features[:1], self.away))
         if len(self.open) > 1:
             weight = feature_divergence(self.clean, features[1:]).tolist()
             self.order = [self.open[i] for i in sorted(range(len(weight)), key=lambda i: -weight[i])]
@@ -163,7 +190,7 @@ class _Job:
         self.order.pop(0)
         if not variants:
             return
-        values = feature_divergence(self.clean, features)
+        values = score(self.clean, features, self.away)
         best = int(values.argmax())
         if float(values[best]) > self.loss:
             self.words, self.loss = variants[best][1].split(" "), float(values[best])

@@ -28,6 +28,9 @@ def retrieval(
     text_attack: Annotated[
         str | None, typer.Option("--text-attack", help="on captions: WordSwap(words=1), Charmer(k=1)")
     ] = None,
+    pair: Annotated[
+        str | None, typer.Option("--pair", help="on both together: SGA(eps=2/255), CoAttack(eps=2/255)")
+    ] = None,
     defense: Annotated[
         str, typer.Option("--defense", help="one that ends in an image embedding, such as ttc")
     ] = "none",
@@ -41,7 +44,8 @@ def retrieval(
     """Recall at 1, 5 and 10 between images and captions, clean and with images, captions or both attacked.
 
     Attacks are static: made on the model without the defense. Ties count against the query. ASR is the percentage of
-    clean hits that an attack loses.
+    clean hits that an attack loses. "pair" is an attack on images and captions together, "worst" the worst rank of
+    every query over all attacked lines.
     """
     from ironclip.data.captions import load_captions
     from ironclip.evaluation.entries import load_state
@@ -50,7 +54,7 @@ def retrieval(
     from ironclip.models import load
     from ironclip.registry import build_defense
 
-    check_attacks(attack, text_attack)
+    check_attacks(attack, text_attack, pair)
     shield = build_defense(defense)
     model = load(vlm, device=device)
     captions = load_captions(data, model.image_size, limit=limit, seed=seed)
@@ -58,7 +62,7 @@ def retrieval(
     fitted = load_state(job, shield, model.name, model.weights_hash)
     with Bar() as bar:
         found = retrieve(
-            model, captions, shield, attack, text_attack, seed, batch_size, state=fitted, progress=bar
+            model, captions, shield, attack, text_attack, seed, batch_size, pair=pair, state=fitted, progress=bar
         ).as_dict()
     if as_json:
         print(json.dumps(found))
@@ -77,7 +81,9 @@ def _print(found: dict[str, Any]) -> None:
     for name in ("attacked", "query", *ks, f"ASR of {ks[0]}"):
         shown.add_column(name, justify="left" if name in ("attacked", "query") else "right")
     for row in found["rows"]:
-        what = {"clean": "nothing", "image": "images", "text": "captions", "joint": "both"}[row["setting"]]
+        what = {"clean": "nothing", "image": "images", "text": "captions", "joint": "both, apart"}.get(
+            row["setting"], row["setting"]
+        )
         for way, query in (("image_to_text", "image"), ("text_to_image", "caption")):
             part = row[way]
             lost = f"{part['asr_cond'][ks[0]]:.1f}" if "asr_cond" in part else ""

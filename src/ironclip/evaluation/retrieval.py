@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 from ironclip.attacks.characters import Charmer
+from ironclip.attacks.co_attack import CoAttack
 from ironclip.attacks.feature import FeaturePGD
+from ironclip.attacks.pair import PairAttack
+from ironclip.attacks.sga import SGA
 from ironclip.attacks.text import TextAttack, WordSwap
 from ironclip.core import spec
 from ironclip.core.check import check_images
@@ -34,6 +37,7 @@ from ironclip.registry import build_attack, build_defense
 KS = (1, 5, 10)
 TIE = 1e-10  # well above the rounding of sums in float64, well below what float32 features tell apart
 _TEXTS = 256
+PAIR_ATTACKS: dict[str, Callable[..., Any]] = {"SGA": SGA, "sga": SGA, "CoAttack": CoAttack, "co_attack": CoAttack}
 TEXT_ATTACKS: dict[str, Callable[..., Any]] = {
     "WordSwap": WordSwap,
     "word_swap": WordSwap,
@@ -67,7 +71,11 @@ class Recall:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One line of a retrieval table. ``setting``: clean, image, text or joint, by what was attacked."""
+    """One line of a retrieval table.
+
+    ``setting``: clean, image, text or joint, by what was attacked; pair, by an attack on both together; worst, the
+    worst rank of every query over all attacked lines.
+    """
 
     setting: str
     recall: Recall
@@ -82,6 +90,7 @@ class Retrieval:
     defense: str
     attack: str | None
     text_attack: str | None
+    pair: str | None
     seed: int
     images: int
     texts: int
@@ -97,7 +106,7 @@ class Retrieval:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON: recall and success rates in percent, and the rank of every query."""
         clean = self.rows[0].recall
-        fields = ("vlm", "data", "defense", "attack", "text_attack", "seed", "images", "texts")
+        fields = ("vlm", "data", "defense", "attack", "text_attack", "pair", "seed", "images", "texts")
         return {**{f: getattr(self, f) for f in fields}, "rows": [_plain(row, clean) for row in self.rows]}
 
 
@@ -159,6 +168,7 @@ def retrieve(
     seed: int = 0,
     batch_size: int = 16,
     *,
+    pair: str | PairAttack | None = None,
     state: State | None = None,
     ks: Sequence[int] = KS,
     progress: Progress | None = None,
@@ -166,18 +176,22 @@ def retrieve(
     """Recall on clean inputs, and with all images, all captions or both attacked, as far as attacks are given.
 
     ``attack``: a feature attack such as ``FeaturePGD(eps=4/255)``; ``text_attack``: such as ``WordSwap(words=1)``. Both
-    are static: made on ``vlm`` without the defense, and each without a look at the other. ``defense``: one that ends in
+    are static: made on ``vlm`` without the defense, and each without a look at the other. ``pair``: an attack on both
+    together, such as ``SGA(eps=2/255)``, static too; its captions are attacked by ``text_attack``, one word each by
+    default. With two attacked lines or more a last one has the worst rank of every query. ``defense``: one that ends in
     an image embedding and reads no class prompts, with its fitted ``state`` if it learns; a random one is judged on one
     draw per image. Images: (b, 3, h, w) in [0, 1] of the model's size. Raises ValueError for specs that do not fit.
     """
     made = None if attack is None else _image_attack(attack)
     swap = None if text_attack is None else _text_attack(text_attack)
+    both = None if pair is None else _pair_attack(pair)
     clf = _headed(vlm, 0)
     shield = build_defense("none" if defense is None else defense)
     encode, tower = _encoder(vlm, shield, state)
     shown = progress or Silent()
     shown.start(f"retrieval {captions.name}", len(captions))
-    clean, moved = list[Tensor](), list[Tensor]()
+    clean, moved, paired, edited = list[Tensor](), list[Tensor](), list[Tensor](), list[str]()
+    done = 0
     for pixels, ids in captions.batches(batch_size):
         x = pixels.to(vlm.device)
         check_images(x, vlm.image_size)
@@ -186,6 +200,12 @@ def retrieve(
         if made is not None:
             y = torch.zeros(len(ids), dtype=torch.int64, device=x.device)
             moved.append(encode(made(clf, x, y, rng=rng.fold("attack")).x_adv, rng.fold("adv")))
+        if both is not None:
+            own = captions.captions[done : done + len(ids)]
+            result = both(vlm, x, own, swap or WordSwap(), rng=rng.fold("pair"))
+            paired.append(encode(result.x_adv, rng.fold("adv")))
+            edited += [t for row in result.captions for t in row]
+        done += len(ids)
         shown.advance(len(ids))
     shown.done()
     texts, owner = captions.texts, captions.owner
@@ -200,12 +220,17 @@ def retrieve(
         rows.append(Row("text", recall(images["clean"], words["moved"], owner, ks)))
     if made is not None and swap is not None:
         rows.append(Row("joint", recall(images["moved"], words["moved"], owner, ks)))
+    if both is not None:
+        rows.append(Row("pair", recall(torch.cat(paired), tower.encode_text(edited), owner, ks)))
+    if len(rows) > 2:
+        rows.append(Row("worst", _worst([r.recall for r in rows[1:]])))
     return Retrieval(
         vlm=vlm.name,
         data=captions.name,
         defense=spec.full_text(shield),
         attack=None if made is None else spec.full_text(made),
         text_attack=None if swap is None else spec.full_text(swap),
+        pair=None if both is None else spec.full_text(both),
         seed=seed,
         images=len(captions),
         texts=len(texts),
@@ -213,12 +238,27 @@ def retrieve(
     )
 
 
-def check_attacks(attack: str | Attack | None, text_attack: str | TextAttack | None) -> None:
+def _worst(attacked: Sequence[Recall]) -> Recall:
+    """The attacker picks for every query what hurts it most."""
+    images, texts = (torch.stack([getattr(r, k) for r in attacked]).amax(dim=0) for k in ("image_ranks", "text_ranks"))
+    return Recall(attacked[0].ks, images, texts)
+
+
+def check_attacks(
+    attack: str | Attack | None, text_attack: str | TextAttack | None, pair: str | PairAttack | None = None
+) -> None:
     """Refuse attacks that ``retrieve`` would refuse, before anything is loaded. Raises ValueError."""
     if attack is not None:
         _image_attack(attack)
     if text_attack is not None:
         _text_attack(text_attack)
+    if pair is not None:
+        _pair_attack(pair)
+
+
+def _pair_attack(attack: str | PairAttack) -> PairAttack:
+    made: PairAttack = spec.parse(attack, PAIR_ATTACKS, "pair attack") if isinstance(attack, str) else attack
+    return made
 
 
 def _image_attack(attack: str | Attack) -> FeaturePGD:
