@@ -19,6 +19,7 @@ from ironclip.cli.fit import fit
 from ironclip.cli.leaderboard import leaderboard
 from ironclip.cli.listing import listing
 from ironclip.cli.pretrain import pretrain
+from ironclip.cli.prompts import prompts
 from ironclip.cli.query import EXAMPLES, query
 from ironclip.cli.report import report
 from ironclip.cli.retrieval import EXAMPLES as RETRIEVAL_EXAMPLES
@@ -52,6 +53,7 @@ app.command(epilog=_example("ironclip report --store store --out report"))(repor
 app.command(epilog=_example("ironclip leaderboard --store store --out leaderboard"))(leaderboard)
 app.command(epilog=EXAMPLES)(query)
 app.command(epilog=RETRIEVAL_EXAMPLES)(retrieval)
+app.command(epilog=_example('ironclip prompts --vlm tiny --data shapes --text-attack "Charmer(k=1)"'))(prompts)
 app.add_typer(store_app, epilog=_example("ironclip store verify --store store"))
 app.command("list", epilog=_example("ironclip list defenses"))(listing)
 app.command(epilog=_example("ironclip doctor --json"))(doctor)

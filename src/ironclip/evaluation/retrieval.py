@@ -183,7 +183,7 @@ def retrieve(
     draw per image. Images: (b, 3, h, w) in [0, 1] of the model's size. Raises ValueError for specs that do not fit.
     """
     made = None if attack is None else _image_attack(attack)
-    swap = None if text_attack is None else _text_attack(text_attack)
+    swap = None if text_attack is None else text_attack_of(text_attack)
     both = None if pair is None else _pair_attack(pair)
     clf = _headed(vlm, 0)
     shield = build_defense("none" if defense is None else defense)
@@ -251,7 +251,7 @@ def check_attacks(
     if attack is not None:
         _image_attack(attack)
     if text_attack is not None:
-        _text_attack(text_attack)
+        text_attack_of(text_attack)
     if pair is not None:
         _pair_attack(pair)
 
@@ -273,7 +273,8 @@ def _image_attack(attack: str | Attack) -> FeaturePGD:
     return made
 
 
-def _text_attack(attack: str | TextAttack) -> TextAttack:
+def text_attack_of(attack: str | TextAttack) -> TextAttack:
+    """A text attack from its spec. Raises ValueError naming the valid ones."""
     made: TextAttack = spec.parse(attack, TEXT_ATTACKS, "text attack") if isinstance(attack, str) else attack
     return made
 
