@@ -5,11 +5,16 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ironclip.core import spec
 from ironclip.core.check import unknown
 from ironclip.core.types import Attack, Defense
+
+if TYPE_CHECKING:
+    from ironclip.attacks.pair import PairAttack
+    from ironclip.attacks.text import TextAttack
+    from ironclip.defenses.speller import Speller
 
 ATTACKS: dict[str, str] = {
     "fgsm": "ironclip.attacks.pgd:FGSM",
@@ -76,6 +81,19 @@ DEFENSES: dict[str, str] = {
 }
 
 
+TEXT_ATTACKS: dict[str, str] = {
+    "word_swap": "ironclip.attacks.text:WordSwap",
+    "charmer": "ironclip.attacks.characters:Charmer",
+}
+
+PAIR_ATTACKS: dict[str, str] = {
+    "sga": "ironclip.attacks.sga:SGA",
+    "co_attack": "ironclip.attacks.co_attack:CoAttack",
+}
+
+TEXT_DEFENSES: dict[str, str] = {"speller": "ironclip.defenses.speller:Speller"}
+
+
 def locate(target: str) -> Any:
     """Import ``module:Class``. Raises ImportError with the package's own message if an extra is missing."""
     module, name = target.split(":")
@@ -129,6 +147,24 @@ def build_defense(text: str | Defense) -> Defense:
         return text
     defense: Defense = spec.parse(text, defense_table(), "defense")
     return defense
+
+
+def build_text_attack(text: str | TextAttack) -> TextAttack:
+    """An attack on texts from its spec, such as ``Charmer(k=1)``. Raises ValueError."""
+    made: TextAttack = spec.parse(text, _Lazy(TEXT_ATTACKS), "text attack") if isinstance(text, str) else text
+    return made
+
+
+def build_pair_attack(text: str | PairAttack) -> PairAttack:
+    """An attack on images and captions together from its spec, such as ``SGA(eps=2/255)``. Raises ValueError."""
+    made: PairAttack = spec.parse(text, _Lazy(PAIR_ATTACKS), "pair attack") if isinstance(text, str) else text
+    return made
+
+
+def build_text_defense(text: str | Speller) -> Speller:
+    """A defense of texts from its spec, such as ``Speller()``. Raises ValueError."""
+    made: Speller = spec.parse(text, _Lazy(TEXT_DEFENSES), "text defense") if isinstance(text, str) else text
+    return made
 
 
 def build(text: str) -> Any:

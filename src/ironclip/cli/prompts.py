@@ -18,6 +18,12 @@ def prompts(
     vlm: o.Vlm = "lite",
     data: Annotated[str, typer.Option("--data", help="one data set: shapes, folder:PATH, cifar10, ...")] = "shapes",
     text_attack: Annotated[str, typer.Option("--text-attack", help="Charmer(k=1), WordSwap(words=1)")] = "Charmer(k=1)",
+    text_defense: Annotated[
+        str | None, typer.Option("--text-defense", help="Speller(): corrected before they are encoded")
+    ] = None,
+    threat: Annotated[
+        str, typer.Option("--threat", help="with a text defense: static (attacker does not know it) or adaptive")
+    ] = "adaptive",
     prompt_set: Annotated[str | None, typer.Option("--prompts", help="prompt set, as in bench")] = None,
     limit: o.Limit = None,
     seed: o.Seed = 0,
@@ -26,16 +32,21 @@ def prompts(
     as_json: o.Json = False,
 ) -> int:
     """Accuracy on clean images when class prompts are edited: those of each image's own class, or all of them."""
+    from ironclip.core.check import check_choice
     from ironclip.evaluation.class_prompts import attack_prompts
-    from ironclip.evaluation.retrieval import text_attack_of
     from ironclip.evaluation.run import open_data
     from ironclip.models import load
+    from ironclip.registry import build_text_attack, build_text_defense
 
-    attack = text_attack_of(text_attack)
+    attack = build_text_attack(text_attack)
+    check_choice(threat, ("static", "adaptive"), "threat")
+    speller = None if text_defense is None else build_text_defense(text_defense)
     model = load(vlm, device=device)
     images = open_data(data, model, prompts=prompt_set, limit=limit, seed=seed)
+    shown = model if speller is None else speller.wrap(model, images.class_names)
+    seen = (model,) if threat == "static" or shown is model else (shown, model)
     with Bar() as bar:
-        found = attack_prompts(model, images, attack, batch_size, bar)
+        found = attack_prompts(shown, images, attack, batch_size, bar, through=seen)
     if as_json:
         print(json.dumps(found.as_dict()))
     else:

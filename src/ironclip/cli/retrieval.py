@@ -34,6 +34,12 @@ def retrieval(
     defense: Annotated[
         str, typer.Option("--defense", help="one that ends in an image embedding, such as ttc")
     ] = "none",
+    text_defense: Annotated[
+        str | None, typer.Option("--text-defense", help="Speller(): captions are corrected before they are encoded")
+    ] = None,
+    threat: Annotated[
+        str, typer.Option("--threat", help="with a text defense: static, or adaptive (captions attacked through it)")
+    ] = "adaptive",
     limit: o.Limit = None,
     seed: o.Seed = 0,
     state: o.State = None,
@@ -47,22 +53,37 @@ def retrieval(
     clean hits that an attack loses. "pair" is an attack on images and captions together, "worst" the worst rank of
     every query over all attacked lines.
     """
+    from ironclip.core.check import check_choice
     from ironclip.data.captions import load_captions
     from ironclip.evaluation.entries import load_state
     from ironclip.evaluation.job import Job
     from ironclip.evaluation.retrieval import check_attacks, retrieve
     from ironclip.models import load
-    from ironclip.registry import build_defense
+    from ironclip.registry import build_defense, build_text_defense
 
     check_attacks(attack, text_attack, pair)
+    check_choice(threat, ("static", "adaptive"), "threat")
+    speller = None if text_defense is None else build_text_defense(text_defense)
     shield = build_defense(defense)
     model = load(vlm, device=device)
     captions = load_captions(data, model.image_size, limit=limit, seed=seed)
     job = Job(state=None if state is None else str(state))
     fitted = load_state(job, shield, model.name, model.weights_hash)
+    known = threat == "adaptive"
     with Bar() as bar:
         found = retrieve(
-            model, captions, shield, attack, text_attack, seed, batch_size, pair=pair, state=fitted, progress=bar
+            model,
+            captions,
+            shield,
+            attack,
+            text_attack,
+            seed,
+            batch_size,
+            pair=pair,
+            text_defense=speller,
+            through=known,
+            state=fitted,
+            progress=bar,
         ).as_dict()
     if as_json:
         print(json.dumps(found))

@@ -290,6 +290,19 @@ class VLM(nn.Module):
         new.space, new.image_size, new.name, new._hash = space, space.size, f"{self.name}@{space}", new_hash
         return new
 
+    def with_texts(self, change: Callable[[str], str], name: str) -> VLM:
+        """A view of this model that encodes ``change(text)`` in place of every text; weights are shared.
+
+        Token ids and soft prompts are left as they are. ``name`` joins the model's own, which tells results apart.
+        """
+        new, tokenize, text = self._shallow(), self.tokenize, self.text
+        new.name, new._hash = f"{self.name}+{name}", self.weights_hash
+        if tokenize is not None:
+            new.tokenize = lambda texts: tokenize([change(t) for t in texts])
+        else:
+            new.text = Function(lambda texts: text([change(t) for t in texts]))
+        return new
+
     def under_autocast(self, precision: str) -> VLM:
         """``fp32``: this model. ``bf16``: a view of the very same weights whose image tower multiplies in bfloat16.
 

@@ -70,23 +70,35 @@ class Outcome:
 
 @torch.no_grad()
 def attack_prompts(
-    vlm: VLM, data: Dataset, attack: TextAttack, batch_size: int = 16, progress: Progress | None = None
+    vlm: VLM,
+    data: Dataset,
+    attack: TextAttack,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+    *,
+    through: Sequence[VLM] = (),
 ) -> Outcome:
-    """Attack the class prompts of a data set on a model. Raises ValueError as ``ZeroShot.build`` does."""
+    """Attack the class prompts of a data set on a model. Raises ValueError as ``ZeroShot.build`` does.
+
+    ``through``: the models on which texts are attacked, ``vlm`` itself by default. A text defense is measured with the
+    defended model as ``vlm``: statically with ``through`` the undefended one alone; an attacker who knows it may attack
+    either, and an image counts as right only where it survives both.
+    """
     clf = ZeroShot.build(vlm, data.class_names, data.templates)
     prompts = [[t.replace("{}", name) for t in clf.templates] for name in clf.class_names]
-    moved = _edited(vlm, attack, prompts)
-    weights = torch.stack([F.normalize(vlm.encode_text(own).mean(dim=0), dim=0) for own, _ in moved])
+    attacked = [_edited(m, attack, prompts) for m in through or (vlm,)]
+    heads = [torch.stack([F.normalize(vlm.encode_text(t).mean(dim=0), dim=0) for t, _ in moved]) for moved in attacked]
     shown = progress or Silent()
     shown.start(f"images of {data.name}", len(data.ids))
     right: dict[str, list[Tensor]] = {"nobody": [], "own": [], "all": []}
     for x, labels, ids in data.batches(batch_size):
         y = clf.labels(labels).to(vlm.device)
         e = vlm.encode_image(x.to(vlm.device))
-        clean, after = clf.scale * e @ clf.weights.T, clf.scale * e @ weights.T
-        own = clean.scatter(1, y[:, None], after.gather(1, y[:, None]))
-        for name, logits in (("nobody", clean), ("own", own), ("all", after)):
-            right[name].append((prediction(logits) == y).cpu())
+        clean = clf.scale * e @ clf.weights.T
+        every = [clf.scale * e @ weights.T for weights in heads]
+        own = [clean.scatter(1, y[:, None], after.gather(1, y[:, None])) for after in every]
+        for name, worlds in (("nobody", [clean]), ("own", own), ("all", every)):
+            right[name].append(torch.stack([prediction(z) == y for z in worlds]).all(dim=0).cpu())
         shown.advance(len(ids))
     shown.done()
     flat = {name: torch.cat(parts) for name, parts in right.items()}
@@ -96,7 +108,7 @@ def attack_prompts(
         text_attack=spec.full_text(attack),
         n=len(flat["nobody"]),
         lines=tuple(_line(name, values) for name, values in flat.items()),
-        edits=tuple(_edits(vlm, clf, prompts, moved)),
+        edits=tuple(e for moved in attacked for e in _edits(vlm, clf, prompts, moved)),
     )
 
 

@@ -16,11 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ironclip.attacks.characters import Charmer
-from ironclip.attacks.co_attack import CoAttack
 from ironclip.attacks.feature import FeaturePGD
 from ironclip.attacks.pair import PairAttack
-from ironclip.attacks.sga import SGA
 from ironclip.attacks.text import TextAttack, WordSwap
 from ironclip.core import spec
 from ironclip.core.check import check_images
@@ -30,20 +27,14 @@ from ironclip.core.views import Defended, base_of
 from ironclip.core.vlm import VLM
 from ironclip.core.zeroshot import ZeroShot
 from ironclip.data.captions import CaptionSet
+from ironclip.defenses.speller import Speller
 from ironclip.evaluation import stats
 from ironclip.evaluation.block import Progress, Silent
-from ironclip.registry import build_attack, build_defense
+from ironclip.registry import build_attack, build_defense, build_pair_attack, build_text_attack
 
 KS = (1, 5, 10)
 TIE = 1e-10  # well above the rounding of sums in float64, well below what float32 features tell apart
 _TEXTS = 256
-PAIR_ATTACKS: dict[str, Callable[..., Any]] = {"SGA": SGA, "sga": SGA, "CoAttack": CoAttack, "co_attack": CoAttack}
-TEXT_ATTACKS: dict[str, Callable[..., Any]] = {
-    "WordSwap": WordSwap,
-    "word_swap": WordSwap,
-    "Charmer": Charmer,
-    "charmer": Charmer,
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +160,8 @@ def retrieve(
     batch_size: int = 16,
     *,
     pair: str | PairAttack | None = None,
+    text_defense: Speller | None = None,
+    through: bool = False,
     state: State | None = None,
     ks: Sequence[int] = KS,
     progress: Progress | None = None,
@@ -178,16 +171,20 @@ def retrieve(
     ``attack``: a feature attack such as ``FeaturePGD(eps=4/255)``; ``text_attack``: such as ``WordSwap(words=1)``. Both
     are static: made on ``vlm`` without the defense, and each without a look at the other. ``pair``: an attack on both
     together, such as ``SGA(eps=2/255)``, static too; its captions are attacked by ``text_attack``, one word each by
-    default. With two attacked lines or more a last one has the worst rank of every query. ``defense``: one that ends in
+    default. ``text_defense``: corrects texts before they are encoded; with ``through`` they are attacked through it.
+    With two attacked lines or more a last one has the worst rank of every query. ``defense``: one that ends in
     an image embedding and reads no class prompts, with its fitted ``state`` if it learns; a random one is judged on one
     draw per image. Images: (b, 3, h, w) in [0, 1] of the model's size. Raises ValueError for specs that do not fit.
     """
     made = None if attack is None else _image_attack(attack)
-    swap = None if text_attack is None else text_attack_of(text_attack)
-    both = None if pair is None else _pair_attack(pair)
-    clf = _headed(vlm, 0)
+    swap = None if text_attack is None else build_text_attack(text_attack)
+    both = None if pair is None else build_pair_attack(pair)
+    clf, name = _headed(vlm, 0), vlm.name if text_defense is None else f"{vlm.name}+{text_defense.name}"
     shield = build_defense("none" if defense is None else defense)
     encode, tower = _encoder(vlm, shield, state)
+    if text_defense is not None:
+        tower = text_defense.wrap(tower)
+        vlm = text_defense.wrap(vlm) if through else vlm
     shown = progress or Silent()
     shown.start(f"retrieval {captions.name}", len(captions))
     clean, moved, paired, edited = list[Tensor](), list[Tensor](), list[Tensor](), list[str]()
@@ -225,7 +222,7 @@ def retrieve(
     if len(rows) > 2:
         rows.append(Row("worst", _worst([r.recall for r in rows[1:]])))
     return Retrieval(
-        vlm=vlm.name,
+        vlm=name,
         data=captions.name,
         defense=spec.full_text(shield),
         attack=None if made is None else spec.full_text(made),
@@ -251,14 +248,9 @@ def check_attacks(
     if attack is not None:
         _image_attack(attack)
     if text_attack is not None:
-        text_attack_of(text_attack)
+        build_text_attack(text_attack)
     if pair is not None:
-        _pair_attack(pair)
-
-
-def _pair_attack(attack: str | PairAttack) -> PairAttack:
-    made: PairAttack = spec.parse(attack, PAIR_ATTACKS, "pair attack") if isinstance(attack, str) else attack
-    return made
+        build_pair_attack(pair)
 
 
 def _image_attack(attack: str | Attack) -> FeaturePGD:
@@ -270,12 +262,6 @@ def _image_attack(attack: str | Attack) -> FeaturePGD:
         )
     if made.loss == "feat_tgt":
         raise ValueError("loss=feat_tgt needs target embeddings, retrieval has none; write loss=feat_l2 or feat_cos")
-    return made
-
-
-def text_attack_of(attack: str | TextAttack) -> TextAttack:
-    """A text attack from its spec. Raises ValueError naming the valid ones."""
-    made: TextAttack = spec.parse(attack, TEXT_ATTACKS, "text attack") if isinstance(attack, str) else attack
     return made
 
 

