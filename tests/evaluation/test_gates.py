@@ -108,11 +108,36 @@ def test_a_gate_is_for_its_model_prompts_and_space(tmp_path: Path) -> None:
         ('[[gate]]\ndata = "shapes"\nclaen = 3\n', "m gate 2: unknown field 'claen'; did you mean 'clean'"),
         ('[[gate]]\ndata = "shapes"\nclean = 3\n', "m gate 2: source missing"),
         ('[[gate]]\ndata = "shapes"\nclean = 300\nsource = "x"\n', "clean must be in percent, 0 to 100, got 300"),
+        ('[[gate]]\ndata = "shapes"\nclean = "99.5"\nsource = "x"\n', "0 to 100, got '99.5'"),
+        ('[[gate]]\ndata = "shapess"\nclean = 99.5\nsource = "x"\n', "m gate 2: no block has tiny on shapess"),
+        (
+            '[[gate]]\nvlm = "tinny"\ndata = "shapes"\nclean = 9\nsource = "x"\n',
+            "no block has tinny on shapes; blocks have: tiny on shapes",
+        ),
     ],
 )
 def test_bad_gates(tmp_path: Path, more: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_matrix(written(tmp_path, more=more))
+
+
+def test_gates_in_single_brackets_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.toml"
+    text = MATRIX.replace("[[gate]]", "[gate]")
+    path.write_text(text.format(clean=99.5, robust=50.5))
+    with pytest.raises(ValueError, match=r"write \[\[gate\]\] in double brackets"):
+        load_matrix(path)
+
+
+def test_a_gate_that_cannot_be_measured_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ironclip.evaluation import run as running
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(running, "run_static", broken)
+    with pytest.raises(GateError, match="could not be measured for its gate: RuntimeError: the device is gone"):
+        evaluate_jobs(load_matrix(written(tmp_path)).jobs, tmp_path / "store")
 
 
 def test_the_surveys_gates_are_its_undefended_row() -> None:

@@ -40,11 +40,13 @@ class Gate:
 
     def __post_init__(self) -> None:
         for name, value in (("clean", self.clean), ("robust", self.robust)):
-            if value is not None and not 0 <= value <= 100:
-                raise ValueError(f"gate for {self.data}: {name} must be in percent, 0 to 100, got {value}")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and 0 <= value <= 100):
+                raise ValueError(f"gate for {self.data}: {name} must be in percent, 0 to 100, got {value!r}")
         if not self.source:
             raise ValueError(f"gate for {self.data}: source is empty; write where its figures come from")
-        build_attack(self.attack)
+        if not hasattr(build_attack(self.attack), "eps"):
+            raise ValueError(f"gate for {self.data}: attack {self.attack!r} has no eps; write one inside a ball")
 
     @property
     def text(self) -> str:
@@ -56,6 +58,8 @@ class Gate:
 def gates_from(name: str, tables: Sequence[Mapping[str, Any]], vlm: Any) -> tuple[Gate, ...]:
     """Gates of a matrix file; those that name no model are for ``vlm``. Raises ValueError naming the gate."""
     known = tuple(f.name for f in fields(Gate))
+    if isinstance(tables, Mapping):
+        raise ValueError(f"{name}: gates are a list of tables, got one table; write [[gate]] in double brackets")
     made = []
     for i, table in enumerate(tables):
         label = f"{name} gate {i + 1}"
@@ -87,7 +91,13 @@ def pass_gates(job: Job, execute: Callable[[Job], Mapping[str, Any]]) -> None:
             costs=False,
             gates=(),
         )
-        for row in execute(alone)["rows"]:
+        results = execute(alone)
+        for error in results["errors"]:
+            raise GateError(
+                f"the undefended {gate.vlm} on {gate.data} could not be measured for its gate: {error['error']}. "
+                "No defense was run; run the same command again, or write ironclip run MATRIX --no-gates"
+            )
+        for row in results["rows"]:
             problem = misses(gate, row["clean"], row["adv_accuracy"], row["n"])
             if problem:
                 raise GateError(problem)

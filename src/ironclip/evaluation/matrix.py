@@ -66,6 +66,10 @@ def load_matrix(where: str | Path, *, gates: bool = True, **changes: Any) -> Mat
     if not blocks:
         raise ValueError(f"{where} has no [[block]]; write one with vlm, data, defenses, attacks and threat")
     jobs = tuple(job_from(f"{name} block {i + 1}", {**raw, **block}, changes) for i, block in enumerate(blocks))
+    for i, anchor in enumerate(anchors):
+        if changes.get("vlm") is None and changes.get("data") is None and not any(gates_of((anchor,), j) for j in jobs):
+            sets = ", ".join(dict.fromkeys(f"{j.vlm} on {d}" for j in jobs for d in j.data))
+            raise ValueError(f"{name} gate {i + 1}: no block has {anchor.vlm} on {anchor.data}; blocks have: {sets}")
     if gates and changes.get("prompts") is None and changes.get("space") is None:
         jobs = tuple(replace(job, gates=gates_of(anchors, job)) for job in jobs)
     elif anchors and not gates:
