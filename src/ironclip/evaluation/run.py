@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 
-from ironclip.core.check import check_choice
 from ironclip.core.space import Space
 from ironclip.core.spec import full_text, split_list
 from ironclip.core.types import Attack, Defense
@@ -76,7 +75,8 @@ def evaluate(
     ``precision``: of the attack; predictions that count are always fp32. ``budget``: smoke, quick, short, standard,
     full. ``costs``: measure milliseconds per image too, where the store has none yet. ``space``: where budgets apply,
     ``model-input``, ``native:SIZE`` or ``file:SIZE`` (``core/space.py``). ``relatives``: other models
-    whose examples the adaptive attack tries too.
+    whose examples the adaptive attack tries too. ``executor``: ``serial``, ``process`` (``workers`` processes here),
+    ``ray`` (Ray, started here) or ``ray:ADDRESS`` (a cluster; all its nodes must see ``store``).
 
     Returns the results dictionary of ``evaluation/results.py``. Raises ValueError for bad input before any work begins;
     a cell that fails later is recorded under ``errors``. Of several defenses, those that cannot be run here are listed
@@ -117,39 +117,36 @@ def evaluate_jobs(
     command: str = "",
 ) -> dict[str, Any]:
     """Several jobs into one table; all are checked before the first one runs. Raises ValueError."""
-    check_choice(executor, ("serial", "process"), "executor")
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
+    from ironclip.evaluation.execute import check_executor, spreading
+
+    check_executor(executor, workers, jobs)
     for job in jobs:
         validate(job)
     refuse_missing(jobs)
     shown = progress or Silent()
-    if store is None:
-        with tempfile.TemporaryDirectory(prefix="ironclip-") as folder:
-            return _all(jobs, Path(folder) / "store", executor, workers, shown, command)
-    Store(store)
-    return _all(jobs, Path(store), executor, workers, shown, command)
+    with spreading(executor, workers) as fill:
+        if store is None:
+            with tempfile.TemporaryDirectory(prefix="ironclip-") as folder:
+                return _all(jobs, Path(folder) / "store", fill, shown, command)
+        Store(store)
+        return _all(jobs, Path(store), fill, shown, command)
 
 
 def _all(
-    jobs: Sequence[Job], folder: Path, executor: str, workers: int, progress: Progress, command: str
+    jobs: Sequence[Job], folder: Path, fill: Callable[[Job, Path, Progress], None], progress: Progress, command: str
 ) -> dict[str, Any]:
+    def execute(job: Job) -> dict[str, Any]:
+        fill(job, folder, progress)
+        return run(job, folder, progress, command)
+
     for job in jobs:
-        pass_gates(job, lambda j: _execute(j, folder, executor, workers, progress, command))
-    results = merged([_execute(j, folder, executor, workers, progress, command) for j in jobs])
+        pass_gates(job, execute)
+    results = merged([execute(j) for j in jobs])
     absent = results["not_applicable"]
     if absent and not results["rows"] and not results["errors"]:
         said = "; ".join(dict.fromkeys(f"{a['defense']} on {a['vlm']}: {a['reason']}" for a in absent))
         raise ValueError(f"none of the defenses can be run: {said}")
     return results
-
-
-def _execute(job: Job, folder: Path, executor: str, workers: int, progress: Progress, command: str) -> dict[str, Any]:
-    if executor == "process" and workers > 1:
-        from ironclip.evaluation.execute import spread
-
-        spread(job, folder, workers, progress)
-    return run(job, folder, progress, command)
 
 
 def run(
